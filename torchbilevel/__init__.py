@@ -1,0 +1,54 @@
+"""Bilevel and minimax optimisation in PyTorch that escapes saddles."""
+
+from torchbilevel import optim, projections
+from torchbilevel.estimators import (
+    Danskin,
+    Estimator,
+    Evaluation,
+    Implicit,
+    LinearSolveWarning,
+    Probe,
+    Unrolled,
+)
+from torchbilevel.linear_solve import CG, Direct, LinearSolver, Neumann, SolveResult
+from torchbilevel.lower import GD, Adam, LowerSolver, SignGD, TorchOptim
+from torchbilevel.method import Method, Result
+from torchbilevel.methods import AIDBiO, GDmax, ITDBiO, PerturbedAID, PerturbedGDmax
+from torchbilevel.problem import BilevelProblem, MinimaxProblem
+from torchbilevel.samples import Batches, sample, stream
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CG",
+    "GD",
+    "AIDBiO",
+    "Adam",
+    "Batches",
+    "BilevelProblem",
+    "Danskin",
+    "Direct",
+    "Estimator",
+    "Evaluation",
+    "GDmax",
+    "ITDBiO",
+    "Implicit",
+    "LinearSolveWarning",
+    "LinearSolver",
+    "LowerSolver",
+    "Method",
+    "MinimaxProblem",
+    "Neumann",
+    "PerturbedAID",
+    "PerturbedGDmax",
+    "Probe",
+    "Result",
+    "SignGD",
+    "SolveResult",
+    "TorchOptim",
+    "Unrolled",
+    "optim",
+    "projections",
+    "sample",
+    "stream",
+]

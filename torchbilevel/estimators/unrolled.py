@@ -1,0 +1,187 @@
+"""Unrolled differentiation (ITD): the derivative of f(x, y_K(x)) through the steps of the lower solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbilevel.derivatives import vjp
+from torchbilevel.estimators.base import Estimator, Evaluation, Memory, silent_zero
+from torchbilevel.lower import LowerResult, LowerSolver, Unrollable
+from torchbilevel.samples import Samples
+from torchbilevel.tensors import Tensors, add, detach, leaves, zeros
+
+
+class Unrolled(Estimator):
+    """Iterative differentiation (ITD): v = d/dx f(x, y_K(x)), the start of y constant unless ``lower_init`` gives it.
+
+    With plain gradient steps, p_K = f_y and for k = K-1, ..., 0:   v -= lr g_xy(x, y_k) p_{k+1},
+    p_k = p_{k+1} - lr g_yy(x, y_k) p_{k+1}, starting from v = f_x; where ``problem.lower_init`` is set and y is not warm,
+    y_0 depends on x and p_0 is carried through it (MAML). Hyperparameters of the lower solver that are functions of the
+    upper module receive their derivatives as well.
+
+    Args:
+        lower_solver: ``GD``, ``Adam`` or ``SignGD``, without ``tol``.
+        truncate: differentiate through the last ``truncate`` steps only; ``None`` (default) through all.
+        recompute: keep the trajectory instead of the graph and rebuild each step when it is differentiated: K copies of
+            y (and of the solver's momentum) instead of K graphs, for one more gradient of g per step.
+        warm_start: whether y goes on from the last call.
+        seed: of the random numbers inside the losses.
+
+    Raises:
+        TypeError: if the lower solver cannot be unrolled; the message names what can.
+        ValueError: if ``truncate`` is not between 1 and the solver's steps, or the solver has a ``tol``.
+
+    Cost: K gradients of g, one gradient of f; backwards K Hessian-vector and K Jacobian-vector products (``truncate`` in
+    place of K where it is set); with ``recompute`` another K gradients of g. Memory: K first-order graphs, or with
+    ``recompute`` K copies of y.
+
+    Reference: Maclaurin, Duvenaud and Adams, ICML 2015; Franceschi et al., ICML 2017; Shaban et al., AISTATS 2019
+    (truncation); Ji, Yang and Liang, ICML 2021 (ITD-BiO).
+
+    Differs from the paper: nothing.
+    """
+
+    def __init__(
+        self,
+        lower_solver: LowerSolver,
+        *,
+        truncate: int | None = None,
+        recompute: bool = False,
+        warm_start: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(lower_solver, Unrollable):
+            raise TypeError(
+                f"{lower_solver if isinstance(lower_solver, LowerSolver) else type(lower_solver).__name__} cannot be unrolled; "
+                f"use GD (with momentum, for torch.optim.SGD), Adam (also AdamW) or SignGD, or keep it and use Implicit"
+            )
+        if lower_solver.tol is not None:
+            raise ValueError(
+                f"an unrolled lower solver takes a fixed number of steps; leave tol=None, got tol={lower_solver.tol}"
+            )
+        if truncate is not None and not 1 <= truncate <= lower_solver.steps:
+            raise ValueError(f"truncate must be between 1 and the solver's {lower_solver.steps} steps, got {truncate}")
+        super().__init__(lower_solver, warm_start=warm_start, seed=seed)
+        self.lower_solver: Unrollable = lower_solver
+        self.truncate, self.recompute = truncate, recompute
+
+    def evaluate(self, x: Tensors, y: Tensors, memory: Memory, samples: Samples) -> Evaluation:
+        """Unroll the lower solver from y and differentiate through it."""
+        problem, sample = self.problem, samples.lower
+        xs, steps = leaves(x), self.lower_solver.steps
+        kept = steps if self.truncate is None else self.truncate
+        warm = self.warm_start and memory.calls > 0
+        with torch.enable_grad():
+            solver = self.lower_solver.bind(lambda function: problem.call_upper(function, xs))
+            initial = problem.start(xs) if kept == steps and not warm else None
+        state = memory.solver_state if self.warm_start else None
+        y, g = detach(y), None
+        with torch.no_grad():
+            for _ in range(steps - kept):
+                g = self.oracle.lower_gradient(x, y, sample)[1]
+                y, state = solver.update(y, g, state)
+                y = problem.project_y(y)
+        run = self._recompute if self.recompute else self._reverse
+        return run(solver, xs, y if initial is None else initial, state, kept, samples)
+
+    def _reverse(
+        self, solver: Unrollable, xs: Tensors, y: Tensors, state: Any, kept: int, samples: Samples
+    ) -> Evaluation:
+        """Differentiate through one graph of all kept steps."""
+        g: Tensors = ()
+        with torch.enable_grad():
+            y = tuple(t if t.requires_grad else t.detach().requires_grad_() for t in y)
+            for _ in range(kept):
+                g = self.oracle.lower_gradient_graph(xs, y, samples.lower)
+                y, state = solver.update(y, g, state)
+                y = self.problem.project_y(y)
+        value, f_x, f_y, in_f = self.oracle.upper_gradient(xs, y, samples.upper)
+        through, reached = vjp(y, xs, f_y)
+        found = in_f or any(reached)
+        return self._finish(
+            value, add(f_x, through), found, detach(g), detach(y), _map(Tensor.detach, state), kept, samples
+        )
+
+    def _recompute(
+        self, solver: Unrollable, xs: Tensors, y: Tensors, state: Any, kept: int, samples: Samples
+    ) -> Evaluation:
+        """Keep the trajectory, and rebuild each step when its turn comes to be differentiated."""
+        initial = y
+        learned = {name: vars(solver)[name] for name in self.lower_solver.learned}
+        rates = _map(_leaf, learned)
+        solver = solver.with_values(rates)
+        y, trajectory, g = detach(y), [], ()
+        with torch.no_grad():
+            for _ in range(kept):
+                trajectory.append((y, state))
+                g = self.oracle.lower_gradient(xs, y, samples.lower)[1]
+                y, state = solver.update(y, g, state)
+                y = self.problem.project_y(y)
+        value, v, p, found = self.oracle.upper_gradient(xs, y, samples.upper)
+        p_state, p_rates = zeros(_tensors(state)), zeros(_tensors(rates))
+        for y_k, state_k in reversed(trajectory):
+            with torch.enable_grad():
+                ys, memory = leaves(y_k), _map(_leaf, state_k)
+                following, after = solver.update(ys, self.oracle.lower_gradient_graph(xs, ys, samples.lower), memory)
+                following = self.problem.project_y(following)
+            groups = (xs, ys, _tensors(memory), _tensors(rates))
+            inputs = tuple(t for group in groups for t in group)
+            products, reached = vjp((*following, *_tensors(after)), inputs, (*p, *p_state))
+            found = found or any(reached[: len(xs)])
+            in_x, p, p_state, in_rates = _split(products, [len(group) for group in groups])
+            v, p_rates = add(v, in_x), add(p_rates, in_rates)
+        for outputs, cotangents in ((_tensors(learned), p_rates), (initial, p)):
+            products, reached = vjp(outputs, xs, cotangents)
+            v, found = add(v, products), found or any(reached)
+        return self._finish(value, v, found, g, y, state, kept, samples)
+
+    def _finish(
+        self,
+        value: Tensor,
+        v: Tensors,
+        found: bool,
+        g: Tensors,
+        y: Tensors,
+        state: Any,
+        kept: int,
+        samples: Samples,
+    ) -> Evaluation:
+        if not found:
+            raise silent_zero()
+        self.oracle.counts.add("hessian_product", samples.lower, kept)
+        self.oracle.counts.add("jacobian_product", samples.lower, kept)
+        return Evaluation(value, v, g, y, None, LowerResult(y, state, self.lower_solver.steps, None))
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_()
+
+
+def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return tuple(_map(function, value) for value in tree)
+    return tree
+
+
+def _tensors(tree: Any) -> Tensors:
+    """All tensors of nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        return (tree,)
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
+    return tuple(t for value in values for t in _tensors(value))
+
+
+def _split(tensors: Tensors, sizes: Sequence[int]) -> list[Tensors]:
+    """Cut a tuple into consecutive pieces."""
+    ends = list(accumulate(sizes))
+    return [tensors[end - size : end] for size, end in zip(sizes, ends, strict=True)]

@@ -1,0 +1,155 @@
+"""Deterministic methods that escape saddles: a perturbed rule on a hypergradient."""
+
+from __future__ import annotations
+
+from torchbilevel.estimators import Danskin, Implicit
+from torchbilevel.linear_solve import LinearSolver
+from torchbilevel.lower import LowerSolver
+from torchbilevel.method import Method
+from torchbilevel.optim import PerturbedGD
+from torchbilevel.problem import Problem
+
+# The hypergradient may be wrong by grad_tol / 5, so the perturbation starts below the other four fifths.
+_SHARE = 0.8
+
+
+class PerturbedAID(Method):
+    """AID-BiO that leaves saddles by random displacements.
+
+    y and z as in ``AIDBiO``; x_{t+1} = x_t + xi, xi uniform in the ball of radius r, if |v| <= 4/5 epsilon and the last
+    displacement is more than t_thres steps ago; else x_{t+1} = x_t - lr v.
+
+    Args:
+        problem: a ``BilevelProblem``.
+        lr: eta, positive; in theory 1 / L_Phi.
+        radius: r, length of the displacement in units of x; 1e-3 to 1e-2 times the scale of x.
+        grad_tol: epsilon, the accuracy asked for; the hypergradient should be exact to epsilon / 5.
+        lower_solver: moves y; in theory ``GD(lr=1 / L, steps=K)``, K of the order of kappa log(1 / epsilon).
+        linear_solver: solves for z; ``CG()`` by default, in theory with N of the order of sqrt(kappa) log(1 / epsilon).
+        escape_steps: t_thres, steps that follow a displacement before the next may come; default 50.
+        value_test: test at the end of every window whether f(x, y) has dropped by ``value_tol``. Needs a ``tol`` of the
+            lower solver that is below ``value_tol``, since f(x, y) is biased by the error of y.
+        value_tol: f_thres, positive; required with ``value_test``.
+        stop: end the run at the first test passed, at the point before the displacement.
+        warm_start: whether y goes on from the last call.
+        warm_start_adjoint: whether z goes on from the last call.
+        seed: of the displacements, and of the random numbers inside the losses.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``value_test`` lacks the tolerance it needs.
+
+    Cost: that of ``AIDBiO``; one copy of x and y after a displacement, with ``value_test`` up to two.
+
+    Reference: Huang, Chen, Ji, Ma and Lai, JMLR 26, 2025 (perturbed AID).
+
+    Differs from the paper: the displacement takes the place of the gradient step of its iteration instead of preceding it.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        lr: float,
+        *,
+        radius: float,
+        grad_tol: float,
+        lower_solver: LowerSolver | None,
+        linear_solver: LinearSolver | None = None,
+        escape_steps: int = 50,
+        value_test: bool = False,
+        value_tol: float | None = None,
+        stop: bool = False,
+        warm_start: bool = True,
+        warm_start_adjoint: bool = True,
+        seed: int = 0,
+    ) -> None:
+        _require_lower_tol(value_test, value_tol, lower_solver)
+        estimator = Implicit(
+            lower_solver,
+            linear_solver,
+            warm_start=warm_start,
+            warm_start_adjoint=warm_start_adjoint,
+            seed=seed,
+        )
+        rule = PerturbedGD(
+            problem.upper_parameters,
+            lr,
+            radius=radius,
+            grad_tol=_SHARE * grad_tol,
+            escape_steps=escape_steps,
+            value_test=value_test,
+            value_tol=value_tol,
+            stop=stop,
+            seed=seed,
+        )
+        super().__init__(problem, estimator, rule)
+
+
+class PerturbedGDmax(Method):
+    """GDmax that leaves saddles by random displacements; a limit that is a strict minimum of Phi is a strict local minimax point.
+
+    y as in ``GDmax``; x_{t+1} = x_t + xi, xi uniform in the ball of radius r, if |v| <= 4/5 epsilon and the last
+    displacement is more than t_thres steps ago; else x_{t+1} = x_t - lr v.
+
+    Args:
+        problem: a ``MinimaxProblem``.
+        lr: eta, positive; in theory 1 / L_Phi.
+        radius: r, length of the displacement in units of x.
+        grad_tol: epsilon, the accuracy asked for; the gradient should be exact to epsilon / 5.
+        lower_solver: moves y; in theory ``GD(lr=1 / L, steps=K)``, K of the order of kappa log(1 / epsilon).
+        escape_steps: t_thres, steps that follow a displacement before the next may come; default 50.
+        value_test: test at the end of every window whether f(x, y) has dropped by ``value_tol``; see ``PerturbedAID``.
+        value_tol: f_thres, positive; required with ``value_test``.
+        stop: end the run at the first test passed, at the point before the displacement.
+        warm_start: whether y goes on from the last call.
+        seed: of the displacements, and of the random numbers inside the loss.
+
+    Raises:
+        ValueError: if an argument is out of range, or ``value_test`` lacks the tolerance it needs.
+
+    Cost: that of ``GDmax``; no Hessian-vector product. Copies as in ``PerturbedAID``.
+
+    Reference: Huang, Chen, Ji, Ma and Lai, JMLR 26, 2025 (perturbed GDmax).
+
+    Differs from the paper: the displacement takes the place of the gradient step of its iteration instead of preceding it.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        lr: float,
+        *,
+        radius: float,
+        grad_tol: float,
+        lower_solver: LowerSolver | None,
+        escape_steps: int = 50,
+        value_test: bool = False,
+        value_tol: float | None = None,
+        stop: bool = False,
+        warm_start: bool = True,
+        seed: int = 0,
+    ) -> None:
+        _require_lower_tol(value_test, value_tol, lower_solver)
+        rule = PerturbedGD(
+            problem.upper_parameters,
+            lr,
+            radius=radius,
+            grad_tol=_SHARE * grad_tol,
+            escape_steps=escape_steps,
+            value_test=value_test,
+            value_tol=value_tol,
+            stop=stop,
+            seed=seed,
+        )
+        super().__init__(problem, Danskin(lower_solver, warm_start=warm_start, seed=seed), rule)
+
+
+def _require_lower_tol(value_test: bool, value_tol: float | None, lower_solver: LowerSolver | None) -> None:
+    """The value test compares f(x, y), which is only as good as y."""
+    if not value_test or value_tol is None:
+        return
+    tol = None if lower_solver is None else lower_solver.tol
+    if tol is None or tol >= value_tol:
+        raise ValueError(
+            f"value_test=True compares values of f(x, y), which are biased by the error of y: give the lower solver a tol below "
+            f"value_tol={value_tol} (and enough steps to reach it), got tol={tol}"
+        )
