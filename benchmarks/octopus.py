@@ -9,8 +9,8 @@ With S the quintic smoothstep from 0 to 1, a_j = |x_j| and w(a) = S((a - tau) / 
            L (a - 4 tau)^2 - nu              for 2 tau <= a.
 
 O is C^2 and coercive on the whole space, equals the piecewise function of the paper on its tube, and has no
-critical points but the paper's: saddles (4 tau, ..., 4 tau, 0, ..., 0), the minimum (4 tau, ..., 4 tau) and their
-mirror images.
+critical points but the paper's: saddles (4 tau, ..., 4 tau, 0, ..., 0), the minimum (4 tau, ..., 4 tau) and
+their mirror images.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def drop(L: float, gamma: float, tau: float = TAU) -> float:
 def octopus(x: Tensor, L: float, gamma: float = 1.0, tau: float = TAU) -> Tensor:
     """O(x) over the last dimension of ``x``; twice differentiable by autograd everywhere.
 
-    The quadratic parts are written in x, since autograd takes the second derivative of |x|^2 at 0 to be 0. |x|
-    enters only behind clamps that are flat around 0.
+    The quadratic parts are written in x, since autograd takes the second derivative of |x|^2 at 0 to be 0.
+    |x| enters only behind clamps that are flat around 0.
 
     >>> octopus(torch.zeros(3), L=1.0), round(octopus(minimum(3), L=1.0).item() / drop(1.0, 1.0), 6)
     (tensor(0.), -3.0)
@@ -55,7 +55,10 @@ def octopus(x: Tensor, L: float, gamma: float = 1.0, tau: float = TAU) -> Tensor
 
 
 def saddle(k: int, d: int, tau: float = TAU, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The critical point with k leading entries 4 tau: value -k nu, Hessian diag(2L k times, -2 gamma, 2L, ...)."""
+    """The critical point with k leading entries 4 tau, the others 0.
+
+    Its value is -k nu, its Hessian diag(2L, ..., 2L, -2 gamma, 2L, ..., 2L) with -2 gamma after k entries.
+    """
     if not 0 <= k <= d:
         raise ValueError(f"k must lie between 0 and d = {d}, got {k}")
     point = torch.zeros(d, dtype=dtype)
@@ -71,8 +74,8 @@ def minimum(d: int, tau: float = TAU, dtype: torch.dtype = torch.float64) -> Ten
 def left_behind(history: Iterable[Tensor] | Tensor, tau: float = TAU) -> list[int]:
     """Times at which |x_1|, |x_2|, ... first exceed 2 tau, up to the first coordinate that never does.
 
-    ``history`` holds x_0, x_1, ... of shape (d,), so time t means after t steps (the specification's tables show
-    t - 1). The length of the answer is the number of saddles left behind.
+    ``history`` holds x_0, x_1, ... of shape (d,), so time t means after t steps (the specification's tables
+    show t - 1). The length of the answer is the number of saddles left behind.
     """
     points = history if isinstance(history, Tensor) else torch.stack([x.detach() for x in history])
     beyond = points.abs() > 2 * tau

@@ -21,7 +21,10 @@ ORDER = (
     "linear_solve",
     "problem",
     "checks",
+    "copies",
+    "modules",
     "derivatives",
+    "sources",
     "samples",
     "projections",
     "tensors",
@@ -31,7 +34,7 @@ for _layer in ("__init__", "methods", "method"):
     BELOW[_layer].add("optim")
 BELOW["optim"] = {"tensors"}
 
-OWNER = {"functional_call": "problem", "autograd.grad": "derivatives"}
+OWNER = {"functional_call": "modules", "autograd.grad": "derivatives"}
 
 
 def imports_of(tree: ast.Module, path: str) -> list[tuple[str, str, int]]:
@@ -104,7 +107,7 @@ def test_imports_point_downwards(file: Path) -> None:
         ("optim/neon.py", "from torchbilevel.derivatives import gradient"),
         ("optim/neon.py", "import numpy as np"),
         ("stray.py", ""),
-        ("samples.py", "from torch.func import functional_call"),
+        ("problem/base.py", "from torch.func import functional_call"),
         ("samples.py", "import torch\ntorch.func.functional_call(m, p, a)"),
         ("problem.py", "import torch\ntorch.autograd.grad(f, x)"),
         ("problem.py", "from torch import autograd as ag\nag.grad(f, x)"),
@@ -123,7 +126,7 @@ def test_planted_violation_is_caught(path: str, source: str) -> None:
         ("method.py", "from torchbilevel import optim\nfrom torchbilevel.estimators.base import Estimator"),
         ("estimators/implicit.py", "from . import base\nfrom .base import Estimator\nfrom ..lower import GD"),
         ("optim/neon.py", "import math\nimport torch\nfrom .base import Rule\nfrom ..tensors import dot"),
-        ("problem.py", "from torch.func import functional_call, grad\nfunctional_call(m, p, a)"),
+        ("modules.py", "from torch.func import functional_call, grad\nfunctional_call(m, p, a)"),
         ("derivatives.py", "import torch\ntorch.autograd.grad(f, x)"),
         ("lower.py", "parameter.grad = None"),
     ],

@@ -1,6 +1,8 @@
 """Bilevel and minimax optimisation in PyTorch that escapes saddles."""
 
 from torchbilevel import optim, projections
+from torchbilevel.certificate import Certificate, certify
+from torchbilevel.curvature import HessianOperator, hessian_operator
 from torchbilevel.estimators import (
     Danskin,
     Estimator,
@@ -15,7 +17,9 @@ from torchbilevel.lower import GD, Adam, LowerSolver, SignGD, TorchOptim
 from torchbilevel.method import Method, Result
 from torchbilevel.methods import AIDBiO, GDmax, ITDBiO, PerturbedAID, PerturbedGDmax
 from torchbilevel.problem import BilevelProblem, MinimaxProblem
-from torchbilevel.samples import Batches, sample, stream
+from torchbilevel.samples import Batches
+from torchbilevel.self_check import HypergradientReport, check_hypergradient
+from torchbilevel.sources import sample, stream
 
 __version__ = "0.1.0.dev0"
 
@@ -26,12 +30,15 @@ __all__ = [
     "Adam",
     "Batches",
     "BilevelProblem",
+    "Certificate",
     "Danskin",
     "Direct",
     "Estimator",
     "Evaluation",
     "GDmax",
     "ITDBiO",
+    "HessianOperator",
+    "HypergradientReport",
     "Implicit",
     "LinearSolveWarning",
     "LinearSolver",
@@ -47,6 +54,9 @@ __all__ = [
     "SolveResult",
     "TorchOptim",
     "Unrolled",
+    "certify",
+    "check_hypergradient",
+    "hessian_operator",
     "optim",
     "projections",
     "sample",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class Counts:
         lower_gradients: gradients of g in y; Gc(g) in samples. A minimax problem has one loss and counts under f.
         hessian_products: products g_yy s; HV(g) in samples.
         jacobian_products: products g_xy s; JV(g) in samples.
+        lagrangian_products: products with the second derivatives of f - <z, g_y> in (x, y) (curvature only).
         upper_values: evaluations of f alone, without a gradient.
     """
 
@@ -41,11 +42,13 @@ class Counts:
     lower_gradients: int = 0
     hessian_products: int = 0
     jacobian_products: int = 0
+    lagrangian_products: int = 0
     upper_values: int = 0
     upper_gradient_samples: int = 0
     lower_gradient_samples: int = 0
     hessian_product_samples: int = 0
     jacobian_product_samples: int = 0
+    lagrangian_product_samples: int = 0
     upper_value_samples: int = 0
 
     def add(self, kind: str, sample: Sample, calls: int = 1) -> None:
@@ -76,13 +79,22 @@ def vjp(
 
     Returns:
         One tensor per input, without graph, zeros where an input is not reached; and which inputs are reached.
+
+    Raises:
+        RuntimeError: if an operation on the way has no further derivative; the message carries the remedy.
     """
     alive = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not alive or not inputs:
         return zeros(inputs), (False,) * len(inputs)
-    products = torch.autograd.grad(
-        [o for o, _ in alive], list(inputs), [c for _, c in alive], retain_graph=keep, allow_unused=True
-    )
+    try:
+        products = torch.autograd.grad(
+            [o for o, _ in alive], list(inputs), [c for _, c in alive], retain_graph=keep, allow_unused=True
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        explained = explain(error)
+        if explained is error:
+            raise
+        raise explained from error
     filled = tuple(torch.zeros_like(t) if p is None else p for p, t in zip(products, inputs, strict=True))
     return filled, tuple(p is not None for p in products)
 
@@ -92,6 +104,13 @@ def reached(value: Tensor, inputs: Sequence[Tensor]) -> list[bool]:
     if not value.requires_grad:
         return [False] * len(inputs)
     return [g is not None for g in torch.autograd.grad(value, list(inputs), retain_graph=True, allow_unused=True)]
+
+
+def differentiable_gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensors:
+    """The gradient of a scalar with its graph; zeros where an input is not reached."""
+    if not value.requires_grad:
+        return zeros(inputs)
+    return torch.autograd.grad(value, list(inputs), create_graph=True, allow_unused=True, materialize_grads=True)
 
 
 def scalar(value: Any, name: str) -> Tensor:
@@ -117,6 +136,14 @@ def scalar(value: Any, name: str) -> Tensor:
     return value.reshape(())
 
 
+def average(terms: Iterable[tuple[float, Tensors]]) -> Tensors:
+    """The sum of weighted terms, of which there is at least one; a term of weight 1 that comes first is not copied."""
+    total: Tensors = ()
+    for weight, t in terms:
+        total = axpy(weight, t, total) if total else t if weight == 1.0 else scale(weight, t)
+    return total
+
+
 class Oracle:
     """Counted derivatives of a problem's losses.
 
@@ -135,84 +162,81 @@ class Oracle:
         """The upper loss f(x, y), detached. Cost: one evaluation."""
         self.counts.add("upper_value", sample)
         with torch.no_grad():
-            values = [w * scalar(self.losses.upper_value(x, y, b, s), "upper_loss") for w, b, s in sample.parts()]
-        return values[0] if len(values) == 1 else torch.stack(values).sum()
+            return average((w, (self._upper_value(x, y, batch, seed),)) for w, batch, seed in sample.parts())[0]
 
-    def upper_gradient(
-        self, x: Tensors, y: Tensors, sample: Sample, in_y: bool = True
-    ) -> tuple[Tensor, Tensors, Tensors, bool]:
+    def upper_gradient(self, x: Tensors, y: Tensors, sample: Sample) -> tuple[Tensor, Tensors, Tensors, bool]:
         """Value and gradients of f.
 
         Args:
             x: upper variables.
             y: lower variables.
             sample: where f is evaluated.
-            in_y: whether f_y is wanted; otherwise it is returned empty.
 
         Returns:
             f, f_x and f_y, and whether the graph of f reaches x at all. Cost: one gradient of f.
         """
         self.counts.add("upper_gradient", sample)
-        xs, ys = leaves(x), leaves(y) if in_y else detach(y)
-        inputs = xs + ys if in_y else xs
-        value, total, in_x = None, None, False
-        for weight, batch, seed in sample.parts():
-            with torch.enable_grad():
-                part = scalar(self.losses.upper_value(xs, ys, batch, seed), "upper_loss")
-            grads = (
-                torch.autograd.grad(part, inputs, allow_unused=True) if part.requires_grad else (None,) * len(inputs)
-            )
-            in_x = in_x or any(g is not None for g in grads[: len(xs)])
-            filled = tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, inputs, strict=True))
-            if sample.whole:
-                value, total = part.detach(), filled
-            else:
-                value = weight * part.detach() if value is None else value + weight * part.detach()
-                total = scale(weight, filled) if total is None else axpy(weight, filled, total)
-        assert value is not None and total is not None  # a sample has at least one part
-        return value, total[: len(xs)], total[len(xs) :], in_x
+        xs, ys = leaves(x), leaves(y)
+        in_x = False
+
+        def parts() -> Iterator[tuple[float, Tensors]]:
+            nonlocal in_x
+            for weight, batch, seed in sample.parts():
+                with torch.enable_grad():
+                    value = self._upper_value(xs, ys, batch, seed)
+                gradients, found = vjp([value], xs + ys, [torch.ones_like(value)])
+                in_x = in_x or any(found[: len(xs)])
+                yield weight, (value.detach(), *gradients)
+
+        value, *gradients = average(parts())
+        return value, tuple(gradients[: len(xs)]), tuple(gradients[len(xs) :]), in_x
 
     def lower_gradient(self, x: Tensors, y: Tensors, sample: Sample) -> tuple[Tensor, Tensors]:
         """Value of g and g_y, detached. Cost: one gradient of g."""
-        self.counts.add("upper_gradient" if self.losses.minimax else "lower_gradient", sample)
-        ys = leaves(y)
-        value, total = None, None
-        for weight, batch, seed in sample.parts():
-            with torch.enable_grad():
-                part = scalar(self.losses.lower_value(detach(x), ys, batch, seed), "lower_loss")
-            grads, _ = vjp([part], ys, [torch.ones_like(part)])
-            if sample.whole:
-                return part.detach(), grads
-            value = weight * part.detach() if value is None else value + weight * part.detach()
-            total = scale(weight, grads) if total is None else axpy(weight, grads, total)
-        assert value is not None and total is not None
-        return value, total
+        self.count_lower_gradient(sample)
+        xs, ys = detach(x), leaves(y)
+
+        def parts() -> Iterator[tuple[float, Tensors]]:
+            for weight, batch, seed in sample.parts():
+                with torch.enable_grad():
+                    value = self._lower_value(xs, ys, batch, seed)
+                yield weight, (value.detach(), *vjp([value], ys, [torch.ones_like(value)])[0])
+
+        value, *gradient = average(parts())
+        return value, tuple(gradient)
 
     def lower_gradient_graph(self, x: Tensors, y: Tensors, sample: Sample) -> Tensors:
-        """g_y with its graph: ``x`` and ``y`` are used as they come, and y must require gradients.
+        """The gradient g_y with its graph.
 
-        Cost: one gradient of g; the graphs of all parts stay in memory.
+        Args:
+            x: upper variables, used as they come.
+            y: lower variables, used as they come; they must require gradients.
+            sample: where g is evaluated.
+
+        Returns:
+            g_y. Cost: one gradient of g; the graphs of all parts stay in memory.
         """
-        self.counts.add("upper_gradient" if self.losses.minimax else "lower_gradient", sample)
-        total: Tensors | None = None
-        for weight, batch, seed in sample.parts():
-            grads = self._differentiable_gradient(x, y, batch, seed)
-            if sample.whole:
-                return grads
-            total = scale(weight, grads) if total is None else axpy(weight, grads, total)
-        assert total is not None
-        return total
+        self.count_lower_gradient(sample)
+        return average((w, self.gradient_graph(x, y, y, batch, seed)) for w, batch, seed in sample.parts())
 
-    def linearize(self, x: Tensors, y: Tensors, sample: Sample) -> LowerLinearization:
+    def linearize(self, x: Tensors, y: Tensors, sample: Sample, in_x: bool = False) -> LowerLinearization:
         """The derivative of g_y at (x, y), for repeated products. Cost: one gradient of g with its graph kept."""
-        return LowerLinearization(self, x, y, sample)
+        return LowerLinearization(self, x, y, sample, in_x)
 
-    def _differentiable_gradient(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensors:
+    def count_lower_gradient(self, sample: Sample) -> None:
+        """Count one gradient of g; a minimax problem has one loss and counts all gradients under f."""
+        self.counts.add("upper_gradient" if self.losses.minimax else "lower_gradient", sample)
+
+    def gradient_graph(self, x: Tensors, y: Tensors, inputs: Tensors, batch: Any, seed: int) -> Tensors:
+        """The gradient of g in ``inputs`` on one part of a sample, with its graph; not counted."""
         with torch.enable_grad():
-            value = scalar(self.losses.lower_value(x, y, batch, seed), "lower_loss")
-            if not value.requires_grad:
-                return zeros(y)
-            return torch.autograd.grad(value, y, create_graph=True, allow_unused=True, materialize_grads=True)
+            return differentiable_gradient(self._lower_value(x, y, batch, seed), inputs)
+
+    def _upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
+        return scalar(self.losses.upper_value(x, y, batch, seed), "upper_loss")
+
+    def _lower_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
+        return scalar(self.losses.lower_value(x, y, batch, seed), "lower_loss")
 
 
 class LowerLinearization:
@@ -226,30 +250,18 @@ class LowerLinearization:
         reaches_x: whether the last Jacobian product found a path from g_y to x.
     """
 
-    def __init__(self, oracle: Oracle, x: Tensors, y: Tensors, sample: Sample) -> None:
-        self._oracle, self._sample = oracle, sample
+    def __init__(self, oracle: Oracle, x: Tensors, y: Tensors, sample: Sample, in_x: bool = False) -> None:
+        self._oracle, self._sample, self._in_x = oracle, sample, in_x
         self._x, self._y = leaves(x), leaves(y)
-        oracle.counts.add("upper_gradient" if oracle.losses.minimax else "lower_gradient", sample)
-        self._kept: Tensors | None = None
+        oracle.count_lower_gradient(sample)
+        self._kept = self._graph(sample.batch, sample.seed) if sample.whole else None
+        self.gradient = self._apply(lambda g: detach(self._in_y(g)))
         self.reaches_x = False
-        total: Tensors | None = None
-        for weight, g in self._graphs():
-            total = (
-                detach(g)
-                if sample.whole
-                else scale(weight, detach(g))
-                if total is None
-                else axpy(weight, detach(g), total)
-            )
-            if sample.whole:
-                self._kept = g
-        assert total is not None
-        self.gradient = total
 
     def hessian_product(self, s: Tensors) -> Tensors:
         """g_yy s. Cost: one Hessian-vector product."""
         self._oracle.counts.add("hessian_product", self._sample)
-        return self._product(self._y, s, keep=True)[0]
+        return self._product(self._in_y, self._y, s, keep=True)[0]
 
     def jacobian_product(self, s: Tensors, keep: bool = False) -> Tensors:
         """g_xy s = grad_x <g_y, s>, s held constant.
@@ -262,35 +274,73 @@ class LowerLinearization:
             A tuple of the shapes of x. Cost: one Jacobian-vector product.
         """
         self._oracle.counts.add("jacobian_product", self._sample)
-        product, self.reaches_x = self._product(self._x, s, keep)
+        product, self.reaches_x = self._product(self._in_y, self._x, s, keep)
         if not keep:
             self._kept = None
         return product
 
-    def _graphs(self) -> Iterator[tuple[float, Tensors]]:
-        for weight, batch, seed in self._sample.parts():
-            yield weight, self._oracle._differentiable_gradient(self._x, self._y, batch, seed)
+    def cross_product(self, u: Tensors) -> Tensors:
+        """g_yx u = grad_y <g_x, u>, the transpose of ``jacobian_product``; needs ``in_x=True`` on construction.
 
-    def _product(self, inputs: Tensors, s: Tensors, keep: bool) -> tuple[Tensors, bool]:
-        try:
-            if self._sample.whole:
-                if self._kept is None:
-                    raise RuntimeError("the graph of this linearization was freed by jacobian_product; pass keep=True")
-                product, found = vjp(self._kept, inputs, s, keep)
-                return product, any(found)
-            total, anywhere = zeros(inputs), False
-            for weight, g in self._graphs():
-                product, found = vjp(g, inputs, s)
-                total, anywhere = axpy(weight, product, total), anywhere or any(found)
-            return total, anywhere
-        except (RuntimeError, NotImplementedError) as error:
-            raise explain(error) from error
+        Args:
+            u: of the shapes of x.
+
+        Returns:
+            A tuple of the shapes of y. Cost: one Jacobian-vector product.
+        """
+        self._oracle.counts.add("jacobian_product", self._sample)
+        return self._product(lambda g: g[: len(self._x)], self._y, u, keep=True)[0]
+
+    def second_derivative(self, u: Tensors, s: Tensors) -> tuple[Tensors, Tensors]:
+        """(g_xx u + g_xy s, g_yx u + g_yy s); needs ``in_x=True`` on construction.
+
+        Args:
+            u: of the shapes of x.
+            s: of the shapes of y.
+
+        Returns:
+            Tuples of the shapes of x and of y. Cost: one Hessian-vector product, in (x, y) jointly.
+        """
+        self._oracle.counts.add("hessian_product", self._sample)
+        product = self._product(lambda g: g, (*self._x, *self._y), (*u, *s), keep=True)[0]
+        return product[: len(self._x)], product[len(self._x) :]
+
+    def _in_y(self, g: Tensors) -> Tensors:
+        return g[len(self._x) :] if self._in_x else g
+
+    def _graph(self, batch: Any, seed: int) -> Tensors:
+        inputs = (*self._x, *self._y) if self._in_x else self._y
+        return self._oracle.gradient_graph(self._x, self._y, inputs, batch, seed)
+
+    def _apply(self, function: Callable[[Tensors], Tensors]) -> Tensors:
+        """Average a function of the gradient's graph over the parts."""
+        if self._kept is not None:
+            return function(self._kept)
+        if self._sample.whole:
+            raise RuntimeError("the graph of this linearization was freed by jacobian_product; pass keep=True")
+        # No name here may hold on to a part's graph, or two would be in memory at a time.
+        return average((w, function(self._graph(batch, seed))) for w, batch, seed in self._sample.parts())
+
+    def _product(
+        self, part: Callable[[Tensors], Tensors], inputs: Tensors, s: Tensors, keep: bool
+    ) -> tuple[Tensors, bool]:
+        anywhere = False
+
+        def product(g: Tensors) -> Tensors:
+            nonlocal anywhere
+            in_inputs, found = vjp(part(g), inputs, s, keep and self._sample.whole)
+            anywhere = anywhere or any(found)
+            return in_inputs
+
+        total = self._apply(product)
+        return total, anywhere
 
 
+_ATTENTION = "run attention in its math form: with torch.nn.attention.sdpa_kernel(SDPBackend.MATH) inside the loss"
 _REMEDIES = {
-    "scaled_dot_product": "run attention in its math form: with torch.nn.attention.sdpa_kernel(SDPBackend.MATH) inside the loss",
-    "_efficient_attention": "run attention in its math form: with torch.nn.attention.sdpa_kernel(SDPBackend.MATH) inside the loss",
-    "_flash_attention": "run attention in its math form: with torch.nn.attention.sdpa_kernel(SDPBackend.MATH) inside the loss",
+    "scaled_dot_product": _ATTENTION,
+    "_efficient_attention": _ATTENTION,
+    "_flash_attention": _ATTENTION,
     "aot_autograd": "pass the original module instead of the one that torch.compile returned",
     "_cudnn_rnn": "run the recurrent network with torch.backends.cudnn.flags(enabled=False) inside the loss",
     "is not implemented": "replace that operation by one that has a second derivative",
@@ -299,7 +349,7 @@ _REMEDIES = {
 
 
 def explain(error: Exception) -> Exception:
-    """Add the remedy to an error that says a loss is not twice differentiable; other errors are returned as they are."""
+    """Add the remedy to an error that says a loss is not twice differentiable; return other errors as they are."""
     text = str(error)
     for symptom, remedy in _REMEDIES.items():
         if symptom in text and ("derivative" in text or "backward" in text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchbilevel.tensors import Tensors, add_scaled_, clone, dot, norm, numel, scale, sub, zeros
+from torchbilevel.tensors import (
+    Tensors,
+    accumulator,
+    add_scaled_,
+    axpy,
+    clone,
+    dot,
+    flatten,
+    norm,
+    numel,
+    sub,
+    unflatten,
+    zeros,
+)
 
 MatVec = Callable[[Tensors], Tensors]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SolveResult:
     """What a solve returns.
 
@@ -25,7 +39,7 @@ class SolveResult:
         iterations: products with A.
         tol: the relative tolerance asked for, or ``None``.
         nonpositive: whether a direction s with <s, A s> <= 0 was met (0-d bool tensor).
-        diverged: whether the residual ended above |b| although the method contracts it when its step is right.
+        diverged: whether the residual ended above where it began, in a method that contracts it when its step is right.
     """
 
     z: Tensors
@@ -39,10 +53,10 @@ class SolveResult:
     @property
     def status(self) -> str:
         """``"converged"``, ``"steps done"``, ``"non-positive curvature"``, ``"diverged"`` or ``"non-finite"``."""
-        if not bool(torch.isfinite(self.residual)):
-            return "non-finite"
         if bool(self.nonpositive):
             return "non-positive curvature"
+        if not bool(torch.isfinite(self.residual)):
+            return "non-finite"
         if bool(self.diverged):
             return "diverged"
         if self.tol is not None and bool(self.residual <= self.tol * self.scale):
@@ -70,10 +84,12 @@ class LinearSolver(ABC):
 class CG(LinearSolver):
     """Conjugate gradients.
 
-    From r = p = b - A z:   alpha = <r, r> / <p, A p>,   z += alpha p,   r -= alpha A p,   p = r + (<r', r'> / <r, r>) p.
+    From r = p = b - A z:   alpha = <r, r> / <p, A p>,   z += alpha p,   r' = r - alpha A p,
+    p = r' + (<r', r'> / <r, r>) p.
 
-    The error in the A-norm contracts at least by (sqrt(kappa) - 1) / (sqrt(kappa) + 1) per step. A direction with
-    <p, A p> <= 0 ends the solve there: z is what was found so far and the result says ``"non-positive curvature"``.
+    After k steps the error in the A-norm is at most 2 ((sqrt(kappa) - 1) / (sqrt(kappa) + 1))^k times that of the
+    start. A direction with <p, A p> <= 0, up to round-off, ends the solve: z is what was found so far, and the result
+    says ``"non-positive curvature"``.
 
     Args:
         max_iter: products at most (not counting the first residual of a warm start); N of the papers.
@@ -105,45 +121,36 @@ class CG(LinearSolver):
     def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
         """Solve A z = b; see the class."""
         bb = dot(b, b)
-        floor = torch.finfo(bb.dtype).eps
-        limit = bb * (max(self.tol, floor) if self.tol is not None else floor) ** 2
-        if z0 is None:
-            z, r, iterations = zeros(b), clone(b), 0
-        else:
-            z, r, iterations = clone(z0), sub(b, matvec(z0)), 1
+        tol = max(self.tol or 0.0, *(torch.finfo(t.dtype).eps for t in b))
+        limit, eps = tol**2 * bb, torch.finfo(bb.dtype).eps
+        if z0 is not None and self.tol is not None and not bool(bb > 0):
+            z0 = None  # b = 0 has the solution 0, and no residual but 0 would meet the tolerance
+        z, r = (zeros(b), clone(b)) if z0 is None else (clone(z0), sub(b, matvec(z0)))
+        products = int(z0 is not None)
         p, rr = clone(r), dot(r, r)
-        alive, nonpositive = rr > limit, torch.zeros_like(bb, dtype=torch.bool)
+        alive, largest = rr > limit, torch.zeros_like(rr)
+        nonpositive = torch.zeros_like(alive)
         for _ in range(self.max_iter):
             if self.tol is not None and not bool(alive):
                 break
             product = matvec(p)
-            iterations += 1
-            curvature = dot(p, product)
-            nonpositive = nonpositive | (alive & ~(curvature > 0))
-            alive = alive & (curvature > 0)
-            alpha = torch.where(alive, rr / curvature, 0.0)
+            products += 1
+            # <p, A p> / <r, r> lies between the extreme eigenvalues of A, being a pivot of the tridiagonal matrix that
+            # CG factorises; within the round-off of the largest one met so far, it says that A is singular to working
+            # precision. A pivot that is not finite becomes NaN and passes into z, r and the residual.
+            pivot = (dot(p, product) / rr).nan_to_num(math.nan, math.nan, math.nan)
+            largest = torch.maximum(largest, pivot)
+            flat = pivot <= eps * largest
+            nonpositive = nonpositive | (alive & flat)
+            alive = alive & ~flat
+            alpha = torch.where(alive, 1 / pivot, 0.0)
             add_scaled_(z, alpha, p)
             add_scaled_(r, -alpha, product)
-            rr, previous = torch.where(alive, dot(r, r), rr), rr
+            rr, previous = dot(r, r), rr
             beta = torch.where(alive, rr / previous, 0.0)
             p = tuple(s.mul_(beta.to(s.device, s.dtype)).add_(t) for s, t in zip(p, r, strict=True))
-            # A residual that is not finite stays alive, so that the next curvature test ends the solve.
-            alive = alive & ~(rr <= limit)
-        # A curvature that is NaN counts as non-finite, not as non-positive: the residual below carries it.
-        residual = (
-            torch.where(nonpositive & torch.isnan(curvature), torch.nan, rr.sqrt())
-            if iterations > (z0 is not None)
-            else rr.sqrt()
-        )
-        return SolveResult(
-            z,
-            residual,
-            bb.sqrt(),
-            iterations,
-            max(self.tol or 0.0, floor),
-            nonpositive,
-            torch.zeros_like(nonpositive),
-        )
+            alive = alive & (rr > limit)
+        return SolveResult(z, rr.sqrt(), bb.sqrt(), products, tol, nonpositive, torch.zeros_like(alive))
 
 
 class Neumann(LinearSolver):
@@ -181,20 +188,17 @@ class Neumann(LinearSolver):
     @torch.no_grad()
     def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
         """Sum the series; see the class."""
-        if z0 is None:
-            r, z, first = clone(b), scale(self.lr, b), None
-        else:
-            r = first = sub(b, matvec(z0))
-            z, r = tuple(s + self.lr * t for s, t in zip(z0, r, strict=True)), clone(r)
+        z, r = (zeros(b), clone(b)) if z0 is None else (z0, sub(b, matvec(z0)))
+        start = norm(r)
+        z = axpy(self.lr, r, z)
         for _ in range(self.steps):
             for s, t in zip(r, matvec(r), strict=True):
                 s.sub_(t, alpha=self.lr)
             for s, t in zip(z, r, strict=True):
                 s.add_(t, alpha=self.lr)
-        residual, size = norm(r), norm(b)
-        false = torch.zeros_like(size, dtype=torch.bool)
-        diverged = residual > (size if first is None else norm(first))
-        return SolveResult(z, residual, size, self.steps + (z0 is not None), None, false, diverged)
+        residual, products = norm(r), self.steps + (z0 is not None)
+        nonpositive = torch.zeros_like(residual, dtype=torch.bool)
+        return SolveResult(z, residual, norm(b), products, None, nonpositive, residual > start)
 
 
 class Direct(LinearSolver):
@@ -229,32 +233,18 @@ class Direct(LinearSolver):
             raise ValueError(
                 f"Direct forms a matrix with {n} rows, more than max_size={self.max_size}; use CG, or raise max_size"
             )
-        matrix = dense(matvec, b)
-        rhs = flatten(b)
+        matrix, rhs = accumulator(dense(matvec, b)), accumulator(flatten(b))
         factor, info = torch.linalg.cholesky_ex(matrix)
-        indefinite = info > 0
-        solution = (
-            torch.linalg.solve_ex(matrix, rhs)[0]
-            if bool(indefinite)
-            else torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+        failed = info > 0
+        if bool(failed):
+            solution = torch.linalg.solve_ex(matrix, rhs)[0]
+        else:
+            solution = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
+        residual, tol = (rhs - matrix @ solution).norm(), torch.finfo(b[0].dtype).eps ** 0.5
+        nonpositive = failed & torch.isfinite(matrix).all()
+        return SolveResult(
+            unflatten(solution, b), residual, rhs.norm(), n, tol, nonpositive, torch.zeros_like(nonpositive)
         )
-        residual, size = (rhs - matrix @ solution).norm(), rhs.norm()
-        tol = n * torch.finfo(rhs.dtype).eps ** 0.5
-        return SolveResult(unflatten(solution, b), residual, size, n, tol, indefinite, torch.zeros_like(indefinite))
-
-
-def flatten(a: Tensors) -> Tensor:
-    """One vector of all entries, on the device of the first tensor and in the widest dtype."""
-    dtype = a[0].dtype
-    for t in a[1:]:
-        dtype = torch.promote_types(dtype, t.dtype)
-    return torch.cat([t.reshape(-1).to(a[0].device, dtype) for t in a])
-
-
-def unflatten(vector: Tensor, like: Tensors) -> Tensors:
-    """The inverse of ``flatten``: pieces of a vector in the shapes, dtypes and devices of ``like``."""
-    pieces = vector.split([t.numel() for t in like])
-    return tuple(v.reshape(t.shape).to(t.device, t.dtype) for v, t in zip(pieces, like, strict=True))
 
 
 def dense(matvec: MatVec, like: Tensors) -> Tensor:

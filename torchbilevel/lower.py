@@ -6,27 +6,29 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torchbilevel.tensors import Tensors, clone, detach, norm, sub
+from torchbilevel.tensors import Tensors, clone, detach, norm, sub, zeros
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Gradient = Callable[[Tensors], tuple[Tensor, Tensors]]
-Hyperparameter = float | Tensor | Sequence[Tensor] | Callable[[nn.Module], Any]
+Hyperparameter = float | Callable[[nn.Module], Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowerResult:
     """Where the lower solver ended.
 
     Attributes:
         y: the lower variables.
         state: the solver's own memory (momentum), tensors and numbers in plain containers, ``None`` if it has none.
+            Nobody changes it in place.
         steps: steps taken, fewer than asked for only if ``tol`` was met.
         residual: |g_y| (with a projection P, |y - P(y - g_y)|) at the last point where it was tested against ``tol``,
             ``None`` without ``tol``.
@@ -95,8 +97,9 @@ class LowerSolver(ABC):
         """Names of the hyperparameters that are functions of the upper module."""
         return tuple(name for name, value in vars(self).items() if callable(value) and not isinstance(value, type))
 
-    def _residual(self, y: Tensors, g: Tensors, project: Callable[[Tensors], Tensors]) -> Tensor:
-        return norm(sub(y, project(sub(y, g))))
+    def place(self, state: Any, y: Tensors) -> Any:
+        """The state of a checkpoint, on the devices of y where ``run`` does not see to that itself."""
+        return state
 
 
 class Unrollable(LowerSolver):
@@ -115,6 +118,11 @@ class Unrollable(LowerSolver):
             The new y and the new state.
         """
 
+    def place(self, state: Any, y: Tensors) -> Any:
+        """Each tensor on the device of its parameter: a state holds rounds of one tensor per parameter."""
+        devices = cycle(t.device for t in y)
+        return map_tensors(lambda t: t.to(next(devices)), state)
+
     @torch.no_grad()
     def run(self, gradient: Gradient, y: Tensors, state: Any, project: Callable[[Tensors], Tensors]) -> LowerResult:
         """Take the steps; see ``LowerSolver.run``."""
@@ -122,7 +130,7 @@ class Unrollable(LowerSolver):
         for k in range(self.steps):
             g = gradient(y)[1]
             if self.tol is not None:
-                residual = self._residual(y, g, project)
+                residual = _residual(y, g, project)
                 if bool(residual <= self.tol):
                     return LowerResult(y, state, k, residual)
             y, state = self.update(y, g, state)
@@ -133,7 +141,8 @@ class Unrollable(LowerSolver):
 class GD(Unrollable):
     """Gradient descent on g (ascent on f for minimax), with momentum as ``torch.optim.SGD`` has it.
 
-    m = g at the first step, then m <- momentum m + g;   y <- P(y - lr m), with Nesterov y <- P(y - lr (g + momentum m)).
+    m = g at the first step, then m <- momentum m + g;   y <- P(y - lr m), with Nesterov
+    y <- P(y - lr (g + momentum m)).
 
     Args:
         lr: lambda, at most 2 / L; L the largest eigenvalue of g_yy. A function of the upper module is learned by
@@ -165,13 +174,13 @@ class GD(Unrollable):
         super().__init__(steps, tol)
         _check_range("lr", lr, 0.0, float("inf"))
         _check_range("momentum", momentum, 0.0, 1.0)
-        if nesterov and isinstance(momentum, int | float) and momentum == 0:
+        if nesterov and _is_zero(momentum):
             raise ValueError("nesterov=True needs momentum > 0")
         self.lr, self.momentum, self.nesterov = lr, momentum, nesterov
 
     def update(self, y: Tensors, g: Tensors, state: Any) -> tuple[Tensors, Any]:
         """One step; see the class."""
-        if not isinstance(self.momentum, Tensor | Sequence) and self.momentum == 0:
+        if _is_zero(self.momentum):
             return _descend(y, g, self.lr), None
         mu = _each(self.momentum, y, "momentum")
         m = g if state is None else tuple(_times(u, s) + t for u, s, t in zip(mu, state, g, strict=True))
@@ -182,7 +191,8 @@ class GD(Unrollable):
 class Adam(Unrollable):
     """Adam on g, and AdamW with ``decoupled_weight_decay=True``.
 
-    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,   y <- P(y - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)).
+    m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2,
+    y <- P(y - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)).
 
     Args:
         lr: step size, positive, or a function of the upper module as in ``GD``.
@@ -200,8 +210,8 @@ class Adam(Unrollable):
 
     Reference: Kingma and Ba, ICLR 2015; Loshchilov and Hutter, ICLR 2019 (AdamW).
 
-    Differs from the paper: nothing; equal to ``torch.optim.Adam`` and ``AdamW`` step for step. Unrolled, the derivative of
-    the square root at an entry that never had a gradient is taken as zero.
+    Differs from the paper: nothing; equal to ``torch.optim.Adam`` and ``AdamW`` step for step. Unrolled, the derivative
+    of the square root at an entry that never had a gradient is taken as zero.
     """
 
     def __init__(
@@ -227,19 +237,17 @@ class Adam(Unrollable):
     def update(self, y: Tensors, g: Tensors, state: Any) -> tuple[Tensors, Any]:
         """One step; see the class."""
         b1, b2 = self.betas
-        t, m, v = (0, None, None) if state is None else state
+        t, m, v = (0, zeros(g), zeros(g)) if state is None else state
         t += 1
-        if isinstance(self.weight_decay, Tensor | Sequence) or self.weight_decay != 0:
+        if not _is_zero(self.weight_decay):
             decay = _each(self.weight_decay, y, "weight_decay")
             if self.decoupled_weight_decay:
                 rates = _each(self.lr, y, "lr")
-                y = tuple(p * (1 - lr * w) for p, lr, w in zip(y, rates, decay, strict=True))
+                y = tuple(_times(1 - lr * w, p) for p, lr, w in zip(y, rates, decay, strict=True))
             else:
                 g = tuple(s + _times(w, p) for s, w, p in zip(g, decay, y, strict=True))
-        m = tuple((torch.zeros_like(s) if m is None else m[i]).lerp(s, 1 - b1) for i, s in enumerate(g))
-        v = tuple(
-            (torch.zeros_like(s) if v is None else v[i] * b2).addcmul(s, s, value=1 - b2) for i, s in enumerate(g)
-        )
+        m = tuple(p.lerp(s, 1 - b1) for p, s in zip(m, g, strict=True))
+        v = tuple((b2 * q).addcmul(s, s, value=1 - b2) for q, s in zip(v, g, strict=True))
         correction = (1 - b2**t) ** 0.5
         direction = tuple(p / (_sqrt(q) / correction + self.eps) for p, q in zip(m, v, strict=True))
         return _descend(y, direction, self.lr, 1 / (1 - b1**t)), (t, m, v)
@@ -256,7 +264,7 @@ class SignGD(Unrollable):
     Raises:
         ValueError: if an argument is out of range.
 
-    Cost: one gradient of g per step. Unrolled, the sign passes no derivative: only ``lr`` and the start of y receive one.
+    Cost: one gradient of g per step. Unrolled, the sign passes no derivative: only ``lr`` and the start of y have one.
 
     Reference: Madry, Makelov, Schmidt, Tsipras and Vladu, ICLR 2018 (PGD attack).
 
@@ -285,7 +293,7 @@ class TorchOptim(LowerSolver):
     Raises:
         TypeError: if ``optimizer_class`` is no torch optimizer class.
 
-    Cost: what the optimizer needs, as a rule one gradient of g per step, plus the construction of one optimizer per run.
+    Cost: what the optimizer needs, as a rule one gradient of g per step, and one optimizer made per run.
     """
 
     def __init__(
@@ -298,10 +306,12 @@ class TorchOptim(LowerSolver):
         super().__init__(steps, tol)
         if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
             raise TypeError(f"optimizer_class must be a torch.optim class, got {optimizer_class}")
-        optimizer_class(
-            [nn.Parameter(torch.zeros(1))], **options
-        )  # bad options are found now, in the optimizer's own words
+        optimizer_class([nn.Parameter(torch.zeros(1, 1))], **options)  # bad options are found now, in its own words
         self.optimizer_class, self.options = optimizer_class, options
+
+    def __repr__(self) -> str:
+        options = {"steps": self.steps, "tol": self.tol, **self.options}
+        return f"TorchOptim({self.optimizer_class.__name__}, {', '.join(f'{k}={v}' for k, v in options.items())})"
 
     def run(self, gradient: Gradient, y: Tensors, state: Any, project: Callable[[Tensors], Tensors]) -> LowerResult:
         """Let the optimizer step; see ``LowerSolver.run``."""
@@ -310,28 +320,53 @@ class TorchOptim(LowerSolver):
         if state is not None:
             optimizer.load_state_dict(copy.deepcopy(state))
         residual: Tensor | None = None
-        needs_closure = isinstance(optimizer, torch.optim.LBFGS)
+        here: list[tuple[Tensor, Tensors]] = []  # what the test of tol evaluated, for the optimizer's first evaluation
 
-        def closure() -> Tensor:
-            value, g = gradient(detach(parameters))
+        def closure() -> Any:
+            value, g = here.pop() if here else gradient(detach(parameters))
             for p, t in zip(parameters, g, strict=True):
                 p.grad = t
             return value
 
         for k in range(self.steps):
-            if self.tol is not None or not needs_closure:
-                closure()
             if self.tol is not None:
-                residual = self._residual(
-                    detach(parameters), tuple(p.grad for p in parameters if p.grad is not None), project
-                )
+                here = [gradient(detach(parameters))]
+                residual = _residual(detach(parameters), here[0][1], project)
                 if bool(residual <= self.tol):
                     return LowerResult(detach(parameters), optimizer.state_dict(), k, residual)
-            optimizer.step(closure) if needs_closure else optimizer.step()
+            optimizer.step(closure)
             with torch.no_grad():
                 for p, t in zip(parameters, project(detach(parameters)), strict=True):
                     p.copy_(t)
         return LowerResult(detach(parameters), optimizer.state_dict(), self.steps, residual)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to every tensor of nested tuples, lists and dicts.
+
+    Args:
+        function: what to apply.
+        tree: may hold anything besides, which stays as it is.
+
+    Returns:
+        The same nesting, with tuples in place of lists.
+
+    >>> map_tensors(torch.neg, (1, [torch.ones(1)]))
+    (1, (tensor([-1.]),))
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return tuple(map_tensors(function, value) for value in tree)
+    return tree
+
+
+def _residual(y: Tensors, g: Tensors, project: Callable[[Tensors], Tensors]) -> Tensor:
+    """|y - P(y - g)|, and |g| where P is the identity, without the cancellation."""
+    moved = sub(y, g)
+    return norm(tuple(s if q is t else p - q for p, s, t, q in zip(y, g, moved, project(moved), strict=True)))
 
 
 def _descend(y: Tensors, direction: Tensors, lr: Any, factor: float = 1.0) -> Tensors:
@@ -343,25 +378,35 @@ def _descend(y: Tensors, direction: Tensors, lr: Any, factor: float = 1.0) -> Te
 
 def _sqrt(q: Tensor) -> Tensor:
     """The square root, with derivative zero at zero."""
+    if not q.requires_grad:
+        return q.sqrt()
     positive = q > 0
-    return torch.where(positive, torch.where(positive, q, 1.0).sqrt(), 0.0) if q.requires_grad else q.sqrt()
+    return torch.where(positive, torch.where(positive, q, 1.0).sqrt(), 0.0)
 
 
 def _times(rate: Any, t: Tensor) -> Tensor:
     return t * (rate.to(t.device, t.dtype) if isinstance(rate, Tensor) else rate)
 
 
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and value == 0
+
+
 def _each(value: Any, y: Tensors, name: str) -> Sequence[Any]:
     """One hyperparameter value per lower tensor."""
-    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
-        return [value.reshape(()) if isinstance(value, Tensor) else value] * len(y)
-    if isinstance(value, Tensor) and value.dim() != 1:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.reshape(())
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):
+        return [value] * len(y)
+    if not isinstance(value, Sequence) and not (isinstance(value, Tensor) and value.dim() == 1):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(
-            f"{name} returned a tensor of shape {tuple(value.shape)}; return one value, a 1-d tensor or a list, one per lower parameter"
+            f"{name} returned {got}; return one value, or a list (or 1-d tensor) with one value per lower parameter"
         )
     if len(value) != len(y):
         raise ValueError(
-            f"{name} returned {len(value)} values for {len(y)} lower parameters; return one value or one per parameter"
+            f"{name} returned {len(value)} values for {len(y)} lower parameters; return one value, or a list with one "
+            f"number or tensor per parameter"
         )
     return list(value)
 

@@ -1,11 +1,17 @@
-"""Euclidean projections, Tensor -> Tensor, for constraints on y (minimax) and on x."""
+"""Euclidean projections, Tensor -> Tensor, for constraints on y (minimax) and on x.
+
+They are partials of functions of this module, so that problems that use them can be pickled.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from torchbilevel.tensors import accumulator
 
 Projection = Callable[[Tensor], Tensor]
 
@@ -28,10 +34,7 @@ def box(low: float | Tensor, high: float | Tensor) -> Projection:
     """
     if not bool((torch.as_tensor(low) <= torch.as_tensor(high)).all()):
         raise ValueError(f"low must not exceed high, got low={low}, high={high}")
-    return lambda t: torch.minimum(
-        torch.maximum(t, torch.as_tensor(low, dtype=t.dtype, device=t.device)),
-        torch.as_tensor(high, dtype=t.dtype, device=t.device),
-    )
+    return partial(_clamp, low=low, high=high)
 
 
 def linf_ball(radius: float) -> Projection:
@@ -47,7 +50,7 @@ def linf_ball(radius: float) -> Projection:
     tensor([-0.5000,  0.2500])
     """
     _positive(radius)
-    return lambda t: t.clamp(-radius, radius)
+    return partial(_clamp, low=-radius, high=radius)
 
 
 def l2_ball(radius: float, dims: int | tuple[int, ...] | None = None) -> Projection:
@@ -65,15 +68,7 @@ def l2_ball(radius: float, dims: int | tuple[int, ...] | None = None) -> Project
     tensor([0.6000, 0.8000])
     """
     _positive(radius)
-
-    def project(t: Tensor) -> Tensor:
-        axes = tuple(range(t.dim())) if dims is None else dims
-        squares = (t * t).sum(axes, keepdim=True) if t.dim() else t * t
-        outside = squares > radius * radius
-        # The square root is taken of 1 inside the ball, so that its derivative is finite at t = 0.
-        return t * torch.where(outside, radius * torch.where(outside, squares, 1.0).rsqrt(), 1.0)
-
-    return project
+    return partial(_to_l2_ball, radius=radius, dims=dims)
 
 
 def simplex(total: float = 1.0) -> Projection:
@@ -91,17 +86,39 @@ def simplex(total: float = 1.0) -> Projection:
     tensor([0.3000, 0.7000, 0.0000])
     """
     _positive(total, "total")
+    return partial(_to_simplex, total=total)
 
-    def project(t: Tensor) -> Tensor:
-        ordered = t.sort(dim=-1, descending=True).values
-        rank = torch.arange(1, t.shape[-1] + 1, dtype=t.dtype, device=t.device)
-        thresholds = (ordered.cumsum(-1) - total) / rank
-        support = (ordered > thresholds).sum(-1, keepdim=True)
-        return (t - thresholds.gather(-1, support - 1)).clamp(min=0)
 
-    return project
+def _clamp(t: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    bounds = (torch.as_tensor(bound, dtype=t.dtype, device=t.device) for bound in (low, high))
+    return t.clamp(*bounds)
+
+
+def _to_l2_ball(t: Tensor, radius: float, dims: int | tuple[int, ...] | None) -> Tensor:
+    wide = accumulator(t)
+    axes = tuple(range(t.dim())) if dims is None else dims
+    squares = (wide * wide).sum(axes, keepdim=True) if t.dim() else wide * wide
+    outside = squares > radius * radius
+    # The square root is taken of 1 inside the ball, so that its derivative is finite at t = 0.
+    factor = torch.where(outside, radius * torch.where(outside, squares, 1.0).rsqrt(), 1.0)
+    return t * factor.to(t.dtype)
+
+
+def _to_simplex(t: Tensor, total: float) -> Tensor:
+    if t.dim() == 0:
+        raise ValueError("the simplex is a set of vectors, and this tensor has no dimension")
+    # The projection does not change when t is shifted along (1, ..., 1). Shifted to maximum 0, it loses no digits to
+    # a large mean, and the largest entry always exceeds its threshold -total.
+    wide = accumulator(t)
+    shifted = wide - wide.detach().amax(dim=-1, keepdim=True)
+    ordered = shifted.sort(dim=-1, descending=True).values
+    rank = torch.arange(1, t.shape[-1] + 1, dtype=wide.dtype, device=t.device)
+    thresholds = (ordered.cumsum(-1) - total) / rank
+    # The lower bound is for entries that are not finite: they must come out as such, not as an index error.
+    support = (ordered > thresholds).sum(-1, keepdim=True).clamp(min=1)
+    return (shifted - thresholds.gather(-1, support - 1)).clamp(min=0).to(t.dtype)
 
 
 def _positive(value: float, name: str = "radius") -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -1,18 +1,18 @@
-"""Samples as values, and the sources they are drawn from."""
+"""Samples as values: a batch and the seed under which losses are evaluated on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count as numbers
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from torchbilevel.tensors import mix_seed
-
-Source = Callable[[int | None], Any]
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,17 @@ class Samples:
 def count(batch: Any) -> int:
     """Number of data points in a batch: the first dimension of the first tensor found in it.
 
-    Tuples, lists and dictionaries are searched in order; 0-d tensors are passed over. A batch without tensors
-    (``None``, say, for a loss that needs no data) counts as one data point.
+    Args:
+        batch: tuples, lists and dictionaries are searched in order; 0-d tensors are passed over.
+
+    Returns:
+        The number; 1 for a batch without tensors (``None``, say, for a loss that needs no data).
 
     >>> count((torch.zeros(5, 3), torch.zeros(5))), count({"image": torch.zeros(7, 2)}), count(None)
     (5, 7, 1)
     """
-    return _first_dimension(batch) or 1
+    size = _first_dimension(batch)
+    return 1 if size is None else size
 
 
 def _first_dimension(batch: Any) -> int | None:
@@ -98,7 +102,7 @@ def draw(data: Any, size: int | None, seed: int, name: str) -> Sample:
     Raises:
         TypeError: if ``data`` is a DataLoader or an iterator.
     """
-    if isinstance(data, DataLoader) or isinstance(data, Iterator):
+    if isinstance(data, DataLoader | Iterator):
         raise TypeError(
             f"{name}= got a {type(data).__name__}; pass one batch, or the source stream(loader), "
             f"or Batches(loader) for the average over the whole data set"
@@ -112,12 +116,17 @@ class Batches:
     The loss on ``Batches`` is sum_i (n_i / n) loss(batch_i), n_i the number of data points of part i. For a loss that
     is a mean over data points (plus terms that do not depend on the data) this equals the loss on one large batch.
 
+    The parts are made anew in every pass, under the same torch seed, so that augmentations draw the same numbers.
+
     Args:
         batches: a list of batches, or a DataLoader that does not shuffle. It is iterated once on construction, to
             count the data points, and once for every gradient and product.
 
+    Attributes:
+        size: number of data points.
+
     Raises:
-        TypeError: if ``batches`` can be iterated only once.
+        TypeError: if ``batches`` can be iterated only once, or not at all.
         ValueError: if it is empty, or a DataLoader that shuffles (a product must see the same parts every time).
 
     Cost: a Hessian-vector product rebuilds the graph of every part: two to three times a product on a single batch,
@@ -131,126 +140,59 @@ class Batches:
     def __init__(self, batches: Iterable[Any]) -> None:
         if isinstance(batches, Iterator):
             raise TypeError("batches can be iterated only once; pass a list of batches or a DataLoader")
-        if isinstance(batches, DataLoader) and isinstance(batches.sampler, RandomSampler):
+        if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
+            raise TypeError(f"batches must be a list of batches or a DataLoader, got {type(batches).__name__}")
+        if isinstance(batches, DataLoader) and any(isinstance(s, _SHUFFLING) for s in _samplers(batches)):
             raise ValueError(
-                "batches is a DataLoader with shuffle=True; Batches needs the same parts every time: shuffle=False"
+                "batches is a DataLoader that shuffles; Batches needs the same parts every time: shuffle=False"
             )
         self._batches = batches
-        self._sizes = [count(batch) for batch in batches]
+        self._sizes = [count(batch) for batch in self._pass()]
         self.size = sum(self._sizes)
-        if not self._sizes:
-            raise ValueError("batches is empty; Batches needs at least one batch")
+        if self.size == 0:
+            raise ValueError("batches is empty; Batches needs at least one data point")
 
     def __iter__(self) -> Iterator[tuple[float, Any]]:
         """Yield (weight, batch) pairs; weights are shares of the data points and add up to one."""
-        for size, batch in zip(self._sizes, self._batches, strict=True):
+        for size, batch in zip(self._sizes, self._pass(), strict=True):
             yield size / self.size, batch
 
-
-class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
-    """A source of uniform draws with replacement from tensors in memory, on their device, without workers.
-
-    ``source(n)`` returns n rows; ``source(None)`` and any n that reaches the number of rows return all rows in order.
-    Draw number k depends on the seed and k alone.
-
-    Args:
-        tensors: a tensor, or a tuple, list or dict of tensors that share their first dimension.
-        seed: of the draws.
-
-    Raises:
-        ValueError: if there is no tensor, or the first dimensions differ.
-
-    >>> source = sample((torch.arange(4.0), torch.arange(4)), seed=0)
-    >>> values, labels = source(2)
-    >>> values.shape, bool((values == labels).all())
-    (torch.Size([2]), True)
-    """
-
-    def __init__(self, tensors: Any, seed: int) -> None:
-        leaves = (
-            [tensors]
-            if isinstance(tensors, Tensor)
-            else list(tensors.values() if isinstance(tensors, Mapping) else tensors)
-        )
-        sizes = {t.shape[0] if isinstance(t, Tensor) and t.dim() > 0 else None for t in leaves}
-        if len(sizes) != 1 or None in sizes or 0 in sizes:
-            raise ValueError(
-                f"tensors must be non-empty tensors that share their first dimension, got first dimensions {sizes}"
-            )
-        self._tensors, self._first = tensors, leaves[0]
-        self._seed = seed
-        self.draws = 0
-
-    def __call__(self, n: int | None = None) -> Any:
-        """Draw n rows with replacement, or return all rows when n is ``None`` or reaches their number."""
-        rows = self._first.shape[0]
-        if n is None or n >= rows:
-            return self._tensors
-        if n < 1:
-            raise ValueError(f"batch size must be positive, got {n}")
-        generator = torch.Generator(self._first.device).manual_seed(mix_seed(self._seed, self.draws))
-        self.draws += 1
-        index = torch.randint(rows, (n,), generator=generator, device=self._first.device)
-        if isinstance(self._tensors, Tensor):
-            return self._tensors[index]
-        if isinstance(self._tensors, Mapping):
-            return {key: t[index] for key, t in self._tensors.items()}
-        return tuple(t[index] for t in self._tensors)
-
-    def state_dict(self) -> dict[str, int]:
-        """The number of draws made, from which a resumed run draws on."""
-        return {"draws": self.draws}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue after the draws that ``state_dict`` counted."""
-        self.draws = int(state["draws"])
+    def _pass(self) -> Iterator[Any]:
+        # A DataLoader draws random numbers of its own when it is iterated, whether it shuffles or not.
+        with replay(0):
+            batches = iter(self._batches)
+        for i in numbers():
+            with replay(i):
+                batch = next(batches, _END)
+            if batch is _END:
+                return
+            yield batch
 
 
-class stream:  # noqa: N801  (used like a function: lower=tb.stream(loader))
-    """A source that serves the batches of a loader one after the other and starts over at its end.
-
-    The loader decides the batch size; a method that asks for another size is refused.
-
-    Args:
-        loader: a DataLoader or any other iterable of batches. A plain iterator is served once and then exhausted.
-
-    >>> source = stream([torch.zeros(2), torch.ones(2)])
-    >>> source(None), source(None), source(None)
-    (tensor([0., 0.]), tensor([1., 1.]), tensor([0., 0.]))
-    """
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        if not isinstance(loader, Iterable):
-            raise TypeError(f"loader must be an iterable of batches, got {type(loader).__name__}")
-        self._loader = loader
-        self._batches = iter(loader)
-        self.served = 0
-
-    def __call__(self, n: int | None = None) -> Any:
-        """Return the next batch.
-
-        Args:
-            n: the number of data points asked for, or ``None``.
-
-        Raises:
-            RuntimeError: if the loader is empty or was an iterator that is exhausted.
-            ValueError: if the batch holds more or fewer data points than n.
-        """
-        batch = next(self._batches, _END)
-        if batch is _END and not isinstance(self._loader, Iterator):
-            self._batches = iter(self._loader)
-            batch = next(self._batches, _END)
-        if batch is _END:
-            raise RuntimeError(
-                f"the source is exhausted after {self.served} batches; stream a DataLoader or a list, which can start over"
-            )
-        if n is not None and count(batch) != n:
-            raise ValueError(
-                f"a batch of {n} data points was asked of a stream whose loader gave {count(batch)}; "
-                f"set the loader's batch_size={n} and drop_last=True, or use sample(tensors, seed)"
-            )
-        self.served += 1
-        return batch
-
-
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _END = object()
+
+
+def _samplers(loader: DataLoader[Any]) -> tuple[Any, Any]:
+    return loader.sampler, getattr(loader.batch_sampler, "sampler", None)
+
+
+@contextmanager
+def replay(seed: int) -> Iterator[None]:
+    """Run a block under a seed of torch's global generators (CPU and CUDA) and put their states back afterwards.
+
+    Args:
+        seed: of all of them.
+
+    Yields:
+        Nothing.
+    """
+    generators = (torch.default_generator, *torch.cuda.default_generators)
+    states = [g.get_state() for g in generators]
+    try:
+        for g in generators:
+            g.manual_seed(seed)
+        yield
+    finally:
+        for g, state in zip(generators, states, strict=True):
+            g.set_state(state)

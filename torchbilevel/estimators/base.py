@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torchbilevel.derivatives import Counts, Oracle
+from torchbilevel.estimators.probe import Probe
 from torchbilevel.linear_solve import SolveResult
 from torchbilevel.lower import LowerResult, LowerSolver
 from torchbilevel.problem import Problem
@@ -20,16 +20,18 @@ from torchbilevel.tensors import Tensors, clone, detach, is_finite, mix_seed
 
 
 class LinearSolveWarning(UserWarning):
-    """A linear solve met non-positive curvature or diverged, so the hypergradient of that step is not to be trusted."""
+    """A linear solve met non-positive curvature or diverged: the hypergradient of that step is not to be trusted."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory:
     """What an estimator carries from one ``backward`` to the next, besides y itself, which lives in the lower module.
 
+    Its tensors are never changed in place.
+
     Attributes:
         calls: ``backward`` calls so far.
-        z: the adjoint, from which the next linear solve starts.
+        z: the adjoint, from which the next linear solve starts; ``None`` after a solve that failed.
         solver_state: the lower solver's own memory (momentum).
     """
 
@@ -38,7 +40,7 @@ class Memory:
     solver_state: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """A hypergradient and what came with it; everything is detached.
 
@@ -65,24 +67,26 @@ class Estimator(ABC):
     """A hypergradient estimator: settings, a problem once bound to one, and its memory.
 
     ``backward`` stands where ``loss.backward()`` stands. It moves y by the lower solver, *adds* the hypergradient to the
-    ``.grad`` of the upper parameters, and returns the upper loss, detached.
+    ``.grad`` of the upper parameters (zero for a parameter that no loss uses), and returns the upper loss, detached.
 
     Args:
         lower_solver: how y moves in every ``backward``; ``None`` leaves y where it is.
         warm_start: whether y (and the lower solver's momentum) goes on from where the last ``backward`` left it;
-            otherwise every ``backward`` starts from ``problem.lower_init``, or from the y met when the problem was bound.
+            otherwise every ``backward`` starts from ``problem.lower_init``, or from the y met when the problem was
+            bound.
         seed: of the random numbers inside the losses (dropout).
 
     Attributes:
         counts: oracle calls so far.
-        last: the last evaluation (residuals, iterations), ``None`` before the first ``backward``.
+        last: how the last ``backward`` went (value, steps, residuals, iterations), ``None`` before the first. Its
+            tensors of the size of x or y are left out: they live on in ``.grad``, in the lower module and in the memory.
     """
 
     def __init__(self, lower_solver: LowerSolver | None, *, warm_start: bool = True, seed: int = 0) -> None:
         if lower_solver is not None and not isinstance(lower_solver, LowerSolver):
             raise TypeError(
-                f"lower_solver must be a lower solver such as GD(lr=0.1, steps=10) or None, got {type(lower_solver).__name__}; "
-                f"wrap a torch optimizer as TorchOptim(torch.optim.SGD, steps=10, lr=0.1)"
+                f"lower_solver must be a lower solver such as GD(lr=0.1, steps=10) or None, got "
+                f"{type(lower_solver).__name__}; wrap a torch optimizer as TorchOptim(torch.optim.SGD, steps=10, lr=0.1)"
             )
         self.lower_solver, self.warm_start, self.seed = lower_solver, warm_start, seed
         self.memory = Memory()
@@ -95,7 +99,7 @@ class Estimator(ABC):
         shown = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("memory", "last", "oracle")}
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
 
-    # --- what a subclass defines -----------------------------------------------------------------------------------------
+    # --- what a subclass defines ---
 
     @abstractmethod
     def evaluate(self, x: Tensors, y: Tensors, memory: Memory, samples: Samples) -> Evaluation:
@@ -106,12 +110,15 @@ class Estimator(ABC):
             y: where the lower solver starts.
             memory: as the last ``backward`` left it.
             samples: where both losses are evaluated.
+
+        Returns:
+            The evaluation.
         """
 
-    def refuse(self, problem: Problem) -> None:
-        """Raise if the estimator cannot work on the problem, saying why; by default any problem will do."""
+    def refuse(self, problem: Problem) -> None:  # noqa: B027  (by default any problem will do)
+        """Raise if the estimator cannot work on the problem, saying why."""
 
-    # --- the user's side -------------------------------------------------------------------------------------------------
+    # --- the user's side ---
 
     def bind(self, problem: Problem) -> Estimator:
         """Attach the estimator to its problem, once.
@@ -132,7 +139,7 @@ class Estimator(ABC):
         if self._problem is None:
             self.refuse(problem)
             self._problem, self.oracle = problem, Oracle(problem)
-            if not self.warm_start:
+            if not self.warm_start and self.lower_solver is not None and self._reset is None:
                 self._reset = clone(problem.y)
         return self
 
@@ -162,8 +169,8 @@ class Estimator(ABC):
         Returns:
             f(x, y) at the y reached, detached, 0-d.
 
-        Raises:
-            FloatingPointError: if the loss, y or the hypergradient is not finite; nothing has changed then.
+        A ``FloatingPointError`` says that the loss, y, the linear solve or the hypergradient is not finite. Whatever is
+        raised, a warning made an error included, nothing has changed then but the oracle counts.
 
         Warns:
             LinearSolveWarning: if the linear solve met non-positive curvature or diverged.
@@ -172,31 +179,42 @@ class Estimator(ABC):
         samples = problem.sample(batch, lower, upper, mix_seed(self.seed, self.memory.calls))
         x = problem.x
         evaluation = self.evaluate(x, self.start(), self.memory, samples)
-        self._refuse_non_finite(evaluation)
-        if evaluation.solve is not None and evaluation.solve.status in ("non-positive curvature", "diverged"):
-            warnings.warn(self._complaint(evaluation.solve), LinearSolveWarning, stacklevel=2)
+        self.vet(evaluation)
         problem.commit_buffers(x, evaluation.y, samples)
         problem.set_y(evaluation.y)
         self.memory = self.advance(evaluation)
-        self.last, self._samples = evaluation, samples
+        lower = replace(evaluation.lower, y=(), state=None)
+        self.last = replace(evaluation, hypergradient=(), lower_gradient=None, y=(), lower=lower)
+        self._samples = samples
         for p, v in zip(problem.upper_parameters, evaluation.hypergradient, strict=True):
             if p.grad is None:
-                p.grad = v
+                p.grad = v.clone()  # autograd may have given several parameters one tensor
             else:
                 p.grad += v
         return evaluation.value
 
     def probe(self) -> Probe:
-        """The hypergradient on the samples and from the memory of the last ``backward``, as a function of x that commits nothing."""
+        """The hypergradient as a function of x that commits nothing, on the samples of the last ``backward``."""
         return Probe(self)
 
     def refresh(self) -> None:
-        """Bring y up to date with the current x: one run of the lower solver on the samples of the last ``backward``."""
+        """Bring y up to date with the current x, by one run of the lower solver on the samples of the last ``backward``.
+
+        Raises:
+            FloatingPointError: if y is not finite after it; nothing has changed then.
+        """
         samples = self.last_samples
         result = self.solve_lower(self.problem.x, self.start(), self.memory, samples.lower)
+        if not is_finite(result.y):
+            raise FloatingPointError(self._diverged(result))
         self.problem.set_y(result.y)
         if self.warm_start:
             self.memory = replace(self.memory, solver_state=result.state)
+
+    @property
+    def last_value(self) -> Tensor | None:
+        """The upper loss of the last ``backward``."""
+        return None if self.last is None else self.last.value
 
     @property
     def last_samples(self) -> Samples:
@@ -211,7 +229,7 @@ class Estimator(ABC):
         """The memory, y, its reset value and the oracle counts, as plain containers of tensors and numbers."""
         return {
             "calls": self.memory.calls,
-            "z": None if self.memory.z is None else clone(self.memory.z),
+            "z": self.memory.z,
             "solver_state": self.memory.solver_state,
             "y": clone(self.problem.y),
             "reset": self._reset,
@@ -227,26 +245,24 @@ class Estimator(ABC):
         Raises:
             ValueError: if y of the checkpoint does not fit the lower module.
         """
-        shapes = [tuple(t.shape) for t in state["y"]]
-        expected = [tuple(t.shape) for t in self.problem.y]
+        y = self.problem.y
+        shapes, expected = [tuple(t.shape) for t in state["y"]], [tuple(t.shape) for t in y]
         if shapes != expected:
             raise ValueError(f"the checkpoint's lower variables have shapes {shapes}, the lower module's {expected}")
 
-        def place(tensors: Tensors | None, like: Tensors) -> Tensors | None:
-            return (
-                None
-                if tensors is None
-                else tuple(t.to(p.device, copy=True) for t, p in zip(tensors, like, strict=True))
-            )
+        def place(tensors: Tensors | None) -> Tensors | None:
+            return None if tensors is None else tuple(t.to(p.device) for t, p in zip(tensors, y, strict=True))
 
-        y = self.problem.y
-        self.problem.set_y(state["y"])
-        self._reset = place(state["reset"], y)
-        self.memory = Memory(int(state["calls"]), place(state["z"], y), _place_like(state["solver_state"], y))
+        solver_state = state["solver_state"]
+        if self.lower_solver is not None:
+            solver_state = self.lower_solver.place(solver_state, y)
+        memory, reset = Memory(int(state["calls"]), place(state["z"]), solver_state), place(state["reset"])
         self.counts.load_state_dict(state["counts"])
+        self.problem.set_y(state["y"])
+        self.memory, self._reset = memory, self._reset if reset is None else reset
         self.last = self._samples = None
 
-    # --- for subclasses --------------------------------------------------------------------------------------------------
+    # --- for subclasses ---
 
     def start(self) -> Tensors:
         """Where the next lower solve starts, detached."""
@@ -262,110 +278,68 @@ class Estimator(ABC):
         """Run the lower solver from y, without a graph."""
         if self.lower_solver is None:
             return LowerResult(y, None, 0, None)
-        solver = self.lower_solver.bind(lambda function: _detached(self.problem.call_upper(function, x)))
+        solver = self.lower_solver.bind(lambda function: self.problem.call_upper(function, x))
         state = memory.solver_state if self.warm_start else None
         return solver.run(lambda point: self.oracle.lower_gradient(x, point, sample), y, state, self.problem.project_y)
 
     def advance(self, evaluation: Evaluation) -> Memory:
         """The memory after a ``backward`` that ended in this evaluation."""
-        state = evaluation.lower.state if self.warm_start else None
-        return Memory(self.memory.calls + 1, evaluation.z, state)
+        calls = self.memory.calls + 1
+        if not self.warm_start:
+            return Memory(calls)
+        return Memory(calls, None if _failed(evaluation.solve) else evaluation.z, evaluation.lower.state)
 
-    def _refuse_non_finite(self, e: Evaluation) -> None:
-        if is_finite((e.value,), e.y, e.hypergradient):
-            return
-        if not is_finite(e.y):
+    def vet(self, e: Evaluation) -> None:
+        """Refuse an evaluation that is not finite, and warn of one whose linear solve failed.
+
+        Args:
+            e: the evaluation, nothing of which has been written anywhere.
+
+        Raises:
+            FloatingPointError: if it is not finite; the message says where that began.
+
+        Warns:
+            LinearSolveWarning: if the linear solve met non-positive curvature or diverged.
+        """
+        g_y, residual = e.lower_gradient or (), () if e.solve is None else (e.solve.residual,)
+        if not is_finite((e.value,), e.y, e.hypergradient, g_y, residual):
+            if not is_finite(e.y):
+                raise FloatingPointError(self._diverged(e.lower))
+            if not is_finite((e.value,)):
+                raise FloatingPointError(f"the upper loss is {e.value.item()}; it must be finite")
+            if e.solve is not None and is_finite(g_y) and not is_finite(residual):
+                raise FloatingPointError(
+                    f"the linear solve ended in numbers that are not finite after {e.solve.iterations} iterations "
+                    f"({e.solve.status}): is lower_loss strongly convex in y, and is it twice differentiable here?"
+                )
+            which = "hypergradient" if is_finite(g_y) else "gradient of the lower loss"
             raise FloatingPointError(
-                f"the lower variables y are not finite after {e.lower.steps} steps of {self.lower_solver}; a smaller lr may help"
+                f"the {which} is not finite although the upper loss and y are; look for a square root, log or norm at 0"
             )
-        if not is_finite((e.value,)):
-            raise FloatingPointError(f"the upper loss is {e.value.item()}; it must be finite")
-        if e.solve is not None and e.solve.status == "non-finite":
-            raise FloatingPointError(
-                f"the linear solve became non-finite after {e.solve.iterations} iterations of {self.__dict__['linear_solver']}"
+        if e.solve is not None and _failed(e.solve):
+            reason = "lower_loss is not strongly convex in y here"
+            if e.solve.status == "diverged":
+                reason = f"its lr exceeds 2 / L, or {reason}"
+            warnings.warn(
+                f"the linear solve ended with {e.solve.status} after {e.solve.iterations} iterations (residual "
+                f"{e.solve.residual.item():.2e} of {e.solve.scale.item():.2e}): {reason}",
+                LinearSolveWarning,
+                stacklevel=3,
             )
-        raise FloatingPointError(
-            "the hypergradient is not finite although the upper loss and y are; look for a square root, log or norm at zero"
-        )
 
-    def _complaint(self, solve: SolveResult) -> str:
+    def _diverged(self, result: LowerResult) -> str:
         return (
-            f"the linear solve ended with {solve.status} after {solve.iterations} iterations (residual {solve.residual.item():.2e} of "
-            f"{solve.scale.item():.2e}): "
-            + (
-                "lower_loss is not strongly convex in y here"
-                if solve.status != "diverged"
-                else "lr of the solver exceeds 2 / L"
-            )
+            f"the lower variables y are not finite after {result.steps} steps of {self.lower_solver}; a smaller lr may "
+            f"help"
         )
 
 
-class Probe:
-    """The hypergradient as a function of the upper parameters' current values, on frozen samples.
-
-    On construction it takes a snapshot of y, of the memory and of the samples. A call *overwrites* ``.grad`` of the upper
-    parameters with the hypergradient there and returns the upper loss; nothing else changes, so calls at one x agree.
-
-    Args:
-        estimator: whose last ``backward`` defines samples and memory.
-
-    Raises:
-        RuntimeError: if there has been no ``backward``.
-    """
-
-    def __init__(self, estimator: Estimator) -> None:
-        self._estimator = estimator
-        self._samples = estimator.last_samples
-        self._y, self._memory = clone(estimator.start()), estimator.memory
-
-    def __call__(self) -> Tensor:
-        """Overwrite ``.grad`` with the hypergradient at the current x and return f there. Cost: one ``backward``."""
-        problem = self._estimator.problem
-        evaluation = self._estimator.evaluate(problem.x, self._y, self._memory, self._samples)
-        self._estimator._refuse_non_finite(evaluation)
-        for p, v in zip(problem.upper_parameters, evaluation.hypergradient, strict=True):
-            p.grad = v
-        return evaluation.value
-
-    def value(self) -> Tensor:
-        """f at the current x, after the lower solver has run from the snapshot. Cost: the lower solve and one value of f."""
-        estimator = self._estimator
-        x = estimator.problem.x
-        result = estimator.solve_lower(x, self._y, self._memory, self._samples.lower)
-        return estimator.oracle.upper_value(x, result.y, self._samples.upper)
+def _failed(solve: SolveResult | None) -> bool:
+    return solve is not None and solve.status in ("non-positive curvature", "diverged")
 
 
-def silent_zero() -> ValueError:
-    """The error for a hypergradient that is zero because no graph leads to x."""
-    return ValueError(
-        "no path leads from the losses to the upper parameters, so the hypergradient would be zero in silence: are they "
-        "detached in the losses, or used only where Unrolled alone sees them (lower_init, hyperparameters of the lower solver)?"
-    )
-
-
-def _detached(value: Any) -> Any:
-    return (
-        value.detach()
-        if isinstance(value, Tensor)
-        else [_detached(v) for v in value]
-        if isinstance(value, list | tuple)
-        else value
-    )
-
-
-def _place_like(state: Any, like: Tensors) -> Any:
-    """Copy a nested container of tensors to the devices of y (all on the first, unless the tuple matches y)."""
-    if isinstance(state, Tensor):
-        return state.to(like[0].device, copy=True) if state.dim() else state.clone()
-    if isinstance(state, dict):
-        return {k: _place_like(v, like) for k, v in state.items()}
-    if isinstance(state, list | tuple):
-        matches = len(state) == len(like) and all(
-            isinstance(s, Tensor) and s.shape == p.shape for s, p in zip(state, like, strict=True)
-        )
-        return (
-            type(state)(s.to(p.device, copy=True) for s, p in zip(state, like, strict=True))
-            if matches
-            else type(state)(_place_like(v, like) for v in state)
-        )
-    return state
+SILENT_ZERO = (
+    "no path leads from the losses to the upper parameters, so the hypergradient would be zero in silence: are they "
+    "detached in the losses, or used only where Unrolled alone sees them (lower_init, hyperparameters of the lower "
+    "solver)?"
+)

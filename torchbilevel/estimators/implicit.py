@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchbilevel.derivatives import Oracle
-from torchbilevel.estimators.base import Estimator, Evaluation, Memory, silent_zero
+from torchbilevel.estimators.base import SILENT_ZERO, Estimator, Evaluation, Memory
 from torchbilevel.linear_solve import CG, LinearSolver
 from torchbilevel.lower import LowerResult, LowerSolver
 from torchbilevel.problem import Problem
@@ -43,7 +43,7 @@ def implicit_field(
     solve = linear_solver.solve(graph.hessian_product, f_y, z)
     hypergradient = sub(f_x, graph.jacobian_product(solve.z))
     if not in_f and not graph.reaches_x:
-        raise silent_zero()
+        raise ValueError(SILENT_ZERO)
     return Evaluation(value, hypergradient, graph.gradient, y, solve.z, lower, solve)
 
 
@@ -56,8 +56,8 @@ class Implicit(Estimator):
         lower_solver: moves y in every ``backward``; ``None`` leaves y where it is.
         linear_solver: solves for z: ``CG()`` (default), ``Neumann``, ``Direct``.
         warm_start: whether y goes on from the last call.
-        warm_start_adjoint: whether z goes on from the last call; costs one more Hessian-vector product per solve and
-            saves several when x moves little.
+        warm_start_adjoint: whether z goes on from the last call, where y does; costs one more Hessian-vector product
+            per solve and saves several when x moves little.
         seed: of the random numbers inside the losses.
 
     Raises:
@@ -105,5 +105,5 @@ class Implicit(Estimator):
     def evaluate(self, x: Tensors, y: Tensors, memory: Memory, samples: Samples) -> Evaluation:
         """Move y, then differentiate implicitly."""
         lower = self.solve_lower(x, y, memory, samples.lower)
-        z = memory.z if self.warm_start_adjoint else None
+        z = memory.z if self.warm_start and self.warm_start_adjoint else None
         return implicit_field(self.oracle, x, lower.y, z, samples, self.linear_solver, lower)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchbilevel.derivatives import vjp
-from torchbilevel.estimators.base import Estimator, Evaluation, Memory, silent_zero
+from torchbilevel.estimators.base import SILENT_ZERO, Estimator, Evaluation, Memory
 from torchbilevel.lower import LowerResult, LowerSolver, Unrollable
 from torchbilevel.samples import Samples
 from torchbilevel.tensors import Tensors, add, detach, leaves, zeros
@@ -152,7 +152,7 @@ class Unrolled(Estimator):
         samples: Samples,
     ) -> Evaluation:
         if not found:
-            raise silent_zero()
+            raise ValueError(SILENT_ZERO)
         self.oracle.counts.add("hessian_product", samples.lower, kept)
         self.oracle.counts.add("jacobian_product", samples.lower, kept)
         return Evaluation(value, v, g, y, None, LowerResult(y, state, self.lower_solver.steps, None))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from torchbilevel.estimators import Implicit, Unrolled
 from torchbilevel.linear_solve import LinearSolver
 from torchbilevel.lower import LowerSolver
 from torchbilevel.method import Method
+from torchbilevel.methods.rules import gradient_descent
 from torchbilevel.problem import Problem
 
 
@@ -22,7 +21,7 @@ class AIDBiO(Method):
         lower_solver: moves y; in theory ``GD(lr=1 / L, steps=K)`` with K of the order of kappa.
         linear_solver: solves for z; ``CG()`` by default, in theory with N of the order of sqrt(kappa).
         warm_start: whether y goes on from the last call.
-        warm_start_adjoint: whether z goes on from the last call.
+        warm_start_adjoint: whether z goes on from the last call, where y does.
         seed: of the random numbers inside the losses.
 
     Cost: per step K + 1 gradients of g, one of f, the solver's Hessian-vector products (one more when z is warm), one
@@ -51,14 +50,14 @@ class AIDBiO(Method):
             warm_start_adjoint=warm_start_adjoint,
             seed=seed,
         )
-        super().__init__(problem, estimator, torch.optim.SGD(problem.upper_parameters, lr=lr))
+        super().__init__(problem, estimator, gradient_descent(problem, lr))
 
 
 class ITDBiO(Method):
     """Bilevel optimisation by iterative differentiation, that is, through the unrolled lower steps.
 
-    y_K <- K lower steps at x_t from y_0, v = d/dx f(x_t, y_K(x_t)), x_{t+1} = x_t - lr v. With ``problem.lower_init`` and
-    ``warm_start=False`` this is MAML.
+    y_K <- K lower steps at x_t from y_0, v = d/dx f(x_t, y_K(x_t)), x_{t+1} = x_t - lr v. With ``problem.lower_init``
+    and ``warm_start=False`` this is MAML.
 
     Args:
         problem: a ``BilevelProblem``.
@@ -88,4 +87,4 @@ class ITDBiO(Method):
         seed: int = 0,
     ) -> None:
         estimator = Unrolled(lower_solver, truncate=truncate, recompute=recompute, warm_start=warm_start, seed=seed)
-        super().__init__(problem, estimator, torch.optim.SGD(problem.upper_parameters, lr=lr))
+        super().__init__(problem, estimator, gradient_descent(problem, lr))

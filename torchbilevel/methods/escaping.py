@@ -6,11 +6,8 @@ from torchbilevel.estimators import Danskin, Implicit
 from torchbilevel.linear_solve import LinearSolver
 from torchbilevel.lower import LowerSolver
 from torchbilevel.method import Method
-from torchbilevel.optim import PerturbedGD
+from torchbilevel.methods.rules import perturbed_descent
 from torchbilevel.problem import Problem
-
-# The hypergradient may be wrong by grad_tol / 5, so the perturbation starts below the other four fifths.
-_SHARE = 0.8
 
 
 class PerturbedAID(Method):
@@ -32,7 +29,7 @@ class PerturbedAID(Method):
         value_tol: f_thres, positive; required with ``value_test``.
         stop: end the run at the first test passed, at the point before the displacement.
         warm_start: whether y goes on from the last call.
-        warm_start_adjoint: whether z goes on from the last call.
+        warm_start_adjoint: whether z goes on from the last call, where y does.
         seed: of the displacements, and of the random numbers inside the losses.
 
     Raises:
@@ -42,7 +39,8 @@ class PerturbedAID(Method):
 
     Reference: Huang, Chen, Ji, Ma and Lai, JMLR 26, 2025 (perturbed AID).
 
-    Differs from the paper: the displacement takes the place of the gradient step of its iteration instead of preceding it.
+    Differs from the paper: the displacement takes the place of the gradient step of its iteration, which in the paper
+    follows it.
     """
 
     def __init__(
@@ -62,7 +60,6 @@ class PerturbedAID(Method):
         warm_start_adjoint: bool = True,
         seed: int = 0,
     ) -> None:
-        _require_lower_tol(value_test, value_tol, lower_solver)
         estimator = Implicit(
             lower_solver,
             linear_solver,
@@ -70,11 +67,11 @@ class PerturbedAID(Method):
             warm_start_adjoint=warm_start_adjoint,
             seed=seed,
         )
-        rule = PerturbedGD(
-            problem.upper_parameters,
+        rule = perturbed_descent(
+            problem,
             lr,
             radius=radius,
-            grad_tol=_SHARE * grad_tol,
+            grad_tol=grad_tol,
             escape_steps=escape_steps,
             value_test=value_test,
             value_tol=value_tol,
@@ -85,10 +82,11 @@ class PerturbedAID(Method):
 
 
 class PerturbedGDmax(Method):
-    """GDmax that leaves saddles by random displacements; a limit that is a strict minimum of Phi is a strict local minimax point.
+    """GDmax that leaves saddles by random displacements.
 
     y as in ``GDmax``; x_{t+1} = x_t + xi, xi uniform in the ball of radius r, if |v| <= 4/5 epsilon and the last
-    displacement is more than t_thres steps ago; else x_{t+1} = x_t - lr v.
+    displacement is more than t_thres steps ago; else x_{t+1} = x_t - lr v. A limit that is a strict minimum of Phi is a
+    strict local minimax point.
 
     Args:
         problem: a ``MinimaxProblem``.
@@ -110,7 +108,8 @@ class PerturbedGDmax(Method):
 
     Reference: Huang, Chen, Ji, Ma and Lai, JMLR 26, 2025 (perturbed GDmax).
 
-    Differs from the paper: the displacement takes the place of the gradient step of its iteration instead of preceding it.
+    Differs from the paper: the displacement takes the place of the gradient step of its iteration, which in the paper
+    follows it.
     """
 
     def __init__(
@@ -128,12 +127,11 @@ class PerturbedGDmax(Method):
         warm_start: bool = True,
         seed: int = 0,
     ) -> None:
-        _require_lower_tol(value_test, value_tol, lower_solver)
-        rule = PerturbedGD(
-            problem.upper_parameters,
+        rule = perturbed_descent(
+            problem,
             lr,
             radius=radius,
-            grad_tol=_SHARE * grad_tol,
+            grad_tol=grad_tol,
             escape_steps=escape_steps,
             value_test=value_test,
             value_tol=value_tol,
@@ -141,15 +139,3 @@ class PerturbedGDmax(Method):
             seed=seed,
         )
         super().__init__(problem, Danskin(lower_solver, warm_start=warm_start, seed=seed), rule)
-
-
-def _require_lower_tol(value_test: bool, value_tol: float | None, lower_solver: LowerSolver | None) -> None:
-    """The value test compares f(x, y), which is only as good as y."""
-    if not value_test or value_tol is None:
-        return
-    tol = None if lower_solver is None else lower_solver.tol
-    if tol is None or tol >= value_tol:
-        raise ValueError(
-            f"value_test=True compares values of f(x, y), which are biased by the error of y: give the lower solver a tol below "
-            f"value_tol={value_tol} (and enough steps to reach it), got tol={tol}"
-        )

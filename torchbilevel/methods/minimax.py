@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from torchbilevel.estimators import Danskin
 from torchbilevel.lower import LowerSolver
 from torchbilevel.method import Method
+from torchbilevel.methods.rules import gradient_descent
 from torchbilevel.problem import Problem
 
 
@@ -26,7 +25,8 @@ class GDmax(Method):
 
     Reference: Jin, Netrapalli and Jordan, ICML 2020; Nouiehed et al., NeurIPS 2019.
 
-    Differs from the paper: a fixed number of ascent steps, or ``tol`` of the lower solver, instead of an oracle of given accuracy.
+    Differs from the paper: a fixed number of ascent steps, or ``tol`` of the lower solver, in place of an oracle of
+    given accuracy.
     """
 
     def __init__(
@@ -39,4 +39,4 @@ class GDmax(Method):
         seed: int = 0,
     ) -> None:
         estimator = Danskin(lower_solver, warm_start=warm_start, seed=seed)
-        super().__init__(problem, estimator, torch.optim.SGD(problem.upper_parameters, lr=lr))
+        super().__init__(problem, estimator, gradient_descent(problem, lr))

@@ -189,7 +189,7 @@ class Rule(torch.optim.Optimizer):
         return {"name": self._name(), **memory}
 
     def _find_memory(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The entry "rule" of a state dict of the same kind of rule, as a copy."""
+        """The entry "rule" of a state dict of the same kind of rule."""
         if "rule" not in state_dict:
             raise ValueError(
                 f"state_dict must have the entry 'rule' of {self._name()}, got {sorted(state_dict)}; "
@@ -201,10 +201,11 @@ class Rule(torch.optim.Optimizer):
             raise ValueError(f"state_dict must come from {self._name()}, got one of {other}")
         if missing := [name for name in self._saved if name not in memory]:
             raise ValueError(f"state_dict['rule'] must hold {', '.join(self._saved)}; {', '.join(missing)} missing")
-        return deepcopy(memory)
+        return memory
 
     def _restore(self, memory: dict[str, Any]) -> None:
-        """Take over what ``_find_memory`` returned."""
+        """Take over a copy of what ``_find_memory`` returned."""
+        memory = deepcopy(memory)
         devices = [p.device for p in self.parameters()]
 
         def place(x: Tensors) -> Tensors:
@@ -228,7 +229,8 @@ class Rule(torch.optim.Optimizer):
                 has changed. It is not changed itself.
         """
         memory = self._find_memory(state_dict)
-        super().load_state_dict(state_dict)
+        # A copy, because torch takes over the tensors themselves, and later steps would change them.
+        super().load_state_dict(deepcopy(state_dict))
         self._restore(memory)
 
     def __getstate__(self) -> dict[str, Any]:

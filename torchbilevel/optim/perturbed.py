@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
@@ -213,7 +214,7 @@ class Perturbed(Rule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned, into the inner optimizer too."""
         memory = self._find_memory(state_dict)
-        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "rule"})
+        self.optimizer.load_state_dict(deepcopy({k: v for k, v in state_dict.items() if k != "rule"}))
         self._restore(memory)
 
     def register_state_dict_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:

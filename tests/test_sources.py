@@ -1,0 +1,142 @@
+"""Sources: reproducible, resumable draws from memory, and streams of a loader's batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from torchbilevel import sample, stream
+
+INPUTS, LABELS = torch.arange(40.0).reshape(20, 2), torch.arange(20)
+
+
+def test_rows_stay_together() -> None:
+    source = sample((INPUTS, LABELS), seed=0)
+    inputs, labels = source(7)
+    assert inputs.shape == (7, 2) and torch.equal(INPUTS[labels], inputs)
+
+
+@pytest.mark.parametrize("form", ["tensor", "tuple", "list", "dict"])
+def test_forms(form: str) -> None:
+    data = {"tensor": LABELS, "tuple": (LABELS, INPUTS), "list": [LABELS, INPUTS], "dict": {"t": LABELS, "x": INPUTS}}
+    draw, full = (sample(data[form], seed=1)(n) for n in (5, None))
+    for batch, rows in ((draw, 5), (full, 20)):
+        assert isinstance(batch, {"tensor": Tensor, "dict": dict}.get(form, tuple))
+        tensors = [batch] if form == "tensor" else list(batch.values() if form == "dict" else batch)
+        assert [len(t) for t in tensors] == [rows] * len(tensors)
+    # Every form draws the same rows.
+    assert torch.equal(draw if form == "tensor" else draw["t"] if form == "dict" else draw[0], sample(LABELS, 1)(5))
+
+
+def test_draws_are_reproducible_and_do_not_touch_the_global_state() -> None:
+    before = torch.get_rng_state()
+    one, two, other = sample(LABELS, seed=0), sample(LABELS, seed=0), sample(LABELS, seed=1)
+    first, second = one(8), one(8)
+    torch.manual_seed(99)
+    assert torch.equal(two(8), first) and torch.equal(two(8), second)
+    assert not torch.equal(first, second) and not torch.equal(other(8), first)
+    torch.set_rng_state(before)
+    one(8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_resuming_draws_on() -> None:
+    source = sample(LABELS, seed=3)
+    source(4), source(6)
+    state = source.state_dict()
+    want = [source(4), source(6)]
+    resumed = sample(LABELS, seed=3)
+    resumed.load_state_dict(state)
+    assert all(torch.equal(s, t) for s, t in zip(want, [resumed(4), resumed(6)], strict=True))
+
+
+def test_full_batch_when_n_reaches_the_rows() -> None:
+    source = sample((INPUTS, LABELS), seed=0)
+    for n in (None, 20, 21):
+        inputs, labels = source(n)
+        assert torch.equal(inputs, INPUTS) and torch.equal(labels, LABELS)
+    # Full batches are no draws: what comes after does not depend on how many there were.
+    assert torch.equal(source(5)[1], sample((INPUTS, LABELS), seed=0)(5)[1])
+
+
+def test_draws_are_uniform_and_with_replacement() -> None:
+    source = sample(LABELS, seed=0)
+    draws = torch.stack([source(10) for _ in range(1000)])
+    counts = torch.bincount(draws.reshape(-1), minlength=20)
+    # Chi-square with 19 degrees of freedom: 43.8 is its 99.9 % point.
+    assert ((counts - 500) ** 2 / 500).sum() < 43.8
+    # P(10 draws of 20 all differ) = 20! / (10! 20^10) = 0.0655.
+    distinct = sum(len(set(row.tolist())) == 10 for row in draws)
+    assert 30 < distinct < 105
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ((INPUTS, LABELS[:3]), ValueError, r"share their first dimension, got \[\(20, 2\), \(3,\)\]"),
+        ((INPUTS, torch.tensor(1.0)), ValueError, r"got \[\(20, 2\), \(\)\]"),
+        ((), ValueError, r"got \[\]"),
+        (torch.zeros(0, 2), ValueError, r"got \[\(0, 2\)\]"),
+        ((INPUTS, LABELS.tolist()), ValueError, r"got \[\(20, 2\), 'list'\]"),
+        (TensorDataset(INPUTS), TypeError, "got TensorDataset"),
+        (3, TypeError, "got int"),
+    ],
+)
+def test_bad_tensors_are_refused(tensors: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        sample(tensors, seed=0)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_bad_size_is_refused_and_is_no_draw(n: int) -> None:
+    source = sample(LABELS, seed=0)
+    with pytest.raises(ValueError, match=f"batch size must be positive, got {n}"):
+        source(n)
+    assert source.draws == 0
+
+
+# --- stream ---------------------------------------------------------------------------------------------------------
+
+
+def test_stream_starts_over() -> None:
+    source = stream(DataLoader(TensorDataset(LABELS), batch_size=8))
+    got = [source()[0] for _ in range(7)]
+    parts = LABELS.split(8)
+    assert all(torch.equal(got[i], parts[i % 3]) for i in range(7))
+    assert source.served == 7
+
+
+def test_stream_shuffles_anew_every_time_as_the_loader_does() -> None:
+    loader = DataLoader(TensorDataset(LABELS), batch_size=20, shuffle=True)
+    source = stream(loader)
+    torch.manual_seed(5)
+    got = [source()[0] for _ in range(2)]
+    torch.manual_seed(5)
+    want = [batch[0] for _ in range(2) for batch in loader]
+    assert all(torch.equal(s, t) for s, t in zip(got, want, strict=True))
+    assert not torch.equal(*got)
+
+
+def test_stream_of_an_iterator_ends() -> None:
+    source = stream(iter([LABELS[:2], LABELS[2:4]]))
+    assert source(2).tolist() == [0, 1] and source(None).tolist() == [2, 3]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="exhausted after 2 batches; stream a DataLoader or a non-empty list"):
+            source()
+    with pytest.raises(RuntimeError, match="exhausted after 0 batches"):
+        stream([])()
+
+
+def test_stream_refuses_another_batch_size() -> None:
+    source = stream(DataLoader(TensorDataset(LABELS), batch_size=8))
+    assert len(source(8)[0]) == len(source(8)[0]) == 8
+    with pytest.raises(ValueError, match=r"of 8 data points was asked .* gave 4; set .* batch_size=8 and drop_last=True"):
+        source(8)
+
+
+@pytest.mark.parametrize("loader", [3, None, INPUTS, {"x": INPUTS}])
+def test_stream_refuses_what_has_no_batches(loader: object) -> None:
+    with pytest.raises(TypeError, match="loader must be a DataLoader or a list of batches"):
+        stream(loader)  # type: ignore[arg-type]

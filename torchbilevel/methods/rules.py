@@ -1,0 +1,35 @@
+"""The rules that methods are made of, with their arguments checked in the words of the methods."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbilevel.method import require_problem
+from torchbilevel.optim import PerturbedGD
+from torchbilevel.problem import Problem
+
+# The hypergradient may be wrong by grad_tol / 5, so a displacement asks for a norm within the other four fifths.
+_SHARE = 0.8
+
+
+def gradient_descent(problem: Problem, lr: float) -> torch.optim.SGD:
+    """The rule x <- x - lr v, on all upper parameters in one group."""
+    _require_number("lr", lr)
+    return torch.optim.SGD(require_problem(problem).upper_parameters, lr)
+
+
+def perturbed_descent(problem: Problem, lr: float, *, grad_tol: float, **options: Any) -> PerturbedGD:
+    """The same, with displacements where |v| <= 4/5 grad_tol; ``options`` as in ``PerturbedGD``."""
+    _require_number("lr", lr)
+    _require_number("grad_tol", grad_tol)
+    return PerturbedGD(require_problem(problem).upper_parameters, lr, grad_tol=_SHARE * grad_tol, **options)
+
+
+def _require_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real | Tensor) or not 0 <= float(value) < math.inf:
+        raise ValueError(f"{name} must be a non-negative, finite number, got {value!r}")

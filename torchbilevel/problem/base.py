@@ -1,0 +1,215 @@
+"""What all problems share: the point, evaluations, projections, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchbilevel.checks import check_problem
+from torchbilevel.copies import refuse_captured_modules, refuse_unpicklable
+from torchbilevel.modules import ModulePair
+from torchbilevel.projections import Projection
+from torchbilevel.samples import Samples
+from torchbilevel.tensors import Tensors, detach
+
+Loss = Callable[[nn.Module, nn.Module, Any], Tensor]
+Projections = Projection | Mapping[str, Projection] | None
+
+
+class Problem:
+    """What bilevel and minimax problems share.
+
+    A loss is evaluated at any (x, y) by putting the tensors into the live modules for the duration of the call. Random
+    numbers are replayed from the sample's seed and the global random state is put back; buffers are cloned, so no
+    evaluation changes them.
+
+    Attributes:
+        upper: the module whose trainable parameters are x.
+        lower: the module whose trainable parameters are y.
+        minimax: whether g = -f.
+    """
+
+    minimax = False
+
+    def __init__(
+        self,
+        upper: nn.Module,
+        lower: nn.Module,
+        losses: Mapping[str, Loss],
+        projection: Projections = None,
+        upper_projection: Projections = None,
+    ) -> None:
+        for name, module in (("upper", upper), ("lower", lower)):
+            if not isinstance(module, nn.Module):
+                raise TypeError(
+                    f"{name} must be an nn.Module, got {type(module).__name__}; wrap tensors as nn.Parameters of a "
+                    f"module"
+                )
+        for name, loss in losses.items():
+            if not callable(loss):
+                raise TypeError(f"{name} must be a callable loss(upper, lower, batch), got {type(loss).__name__}")
+        self.upper, self.lower = upper, lower
+        self._losses = dict(losses)
+        self._pair = ModulePair(upper, lower)
+        self._projections = {
+            "projection": _by_name(projection, self._pair.y, "projection"),
+            "upper_projection": _by_name(upper_projection, self._pair.x, "upper_projection"),
+        }
+
+    # --- the point ---
+
+    @property
+    def x(self) -> Tensors:
+        """The upper variables: the trainable parameters of ``upper``, detached, sharing storage."""
+        return detach(self.upper_parameters)
+
+    @property
+    def y(self) -> Tensors:
+        """The lower variables: the trainable parameters of ``lower``, detached, sharing storage."""
+        return detach(self.lower_parameters)
+
+    @property
+    def upper_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters behind ``x``."""
+        return tuple(self._pair.x.values())
+
+    @property
+    def lower_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters behind ``y``."""
+        return tuple(self._pair.y.values())
+
+    def set_y(self, y: Tensors) -> None:
+        """Copy ``y`` into the lower module."""
+        with torch.no_grad():
+            for p, t in zip(self.lower_parameters, y, strict=True):
+                p.copy_(t)
+
+    def project_y(self, y: Tensors) -> Tensors:
+        """The projection of y on its set; y itself where there is none."""
+        return self._project("projection", self._pair.y, y)
+
+    def project_x(self, x: Tensors) -> Tensors:
+        """The projection of x on its set; x itself where there is none."""
+        return self._project("upper_projection", self._pair.x, x)
+
+    @property
+    def constrains_y(self) -> bool:
+        """Whether y has a projection."""
+        return bool(self._projections["projection"])
+
+    @property
+    def constrains_x(self) -> bool:
+        """Whether x has a projection."""
+        return bool(self._projections["upper_projection"])
+
+    # --- evaluations ---
+
+    def upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
+        """The upper loss f(x, y) on a batch, under a seed."""
+        raise NotImplementedError
+
+    def lower_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
+        """The lower loss g(x, y) on a batch, under a seed."""
+        raise NotImplementedError
+
+    def _evaluate(self, loss: str, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
+        value: Tensor = self._pair.call(self._losses[loss], (batch,), x, y, seed)
+        return value
+
+    def call_upper(self, function: Callable[[nn.Module], Any], x: Tensors) -> Any:
+        """``function(upper)`` with x in place of the upper parameters."""
+        return self._pair.call(lambda upper, lower: function(upper), (), x, self.y, 0)
+
+    def start(self, x: Tensors) -> Tensors | None:
+        """The starting point of y at x, with its graph; ``None`` where the problem does not define one."""
+        return None
+
+    def commit_buffers(self, x: Tensors, y: Tensors, samples: Samples) -> None:
+        """Update the live buffers (running statistics, ...) as one evaluation of each loss at (x, y) does.
+
+        Cost: one evaluation of each loss where a module has buffers and is in training mode; nothing otherwise.
+        """
+        tensors = self._pair.clone_buffers()
+        if not tensors or not any(m.training for m in (*self.upper.modules(), *self.lower.modules())):
+            return
+        with torch.no_grad():
+            for loss, sample in zip(self._losses.values(), (samples.upper, samples.lower), strict=False):
+                for _, batch, seed in sample.parts():
+                    self._pair.call(loss, (batch,), x, y, seed, tensors)
+        self._pair.load_buffers(tensors)
+
+    # --- the user's side ---
+
+    def sample(self, batch: Any, lower: Any, upper: Any, seed: int) -> Samples:
+        """Turn what ``backward`` was given into samples; see the subclasses."""
+        raise NotImplementedError
+
+    def check(self, batch: Any = None, *, lower: Any = None, upper: Any = None) -> None:
+        """Try the problem on data and say what is wrong with it, if anything.
+
+        Each loss is evaluated and differentiated at the current point. Nothing is changed, but a source is drawn from.
+        A ``ValueError`` says that a loss is not scalar, not finite or not deterministic once its seed is replayed, that
+        the lower loss ignores y (or a part of it that the upper loss uses), that the upper loss ignores both x and y,
+        that a loss uses a captured parameter tensor instead of the module's attribute, or that ``lower_init`` does not
+        fit. A ``RuntimeError`` says that the lower loss is not twice differentiable, and the remedy.
+
+        Args:
+            batch: minimax: a batch (or source).
+            lower: bilevel: a batch (or source) for the lower loss.
+            upper: bilevel: a batch (or source) for the upper loss.
+
+        Cost: a handful of evaluations, three gradients and two products.
+        """
+        check_problem(self, self._pair, self.sample(batch, lower, upper, seed=0))
+
+    # --- copies ---
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Problem:
+        refuse_captured_modules(self._callables(), {"upper": self.upper, "lower": self.lower})
+        copy = object.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        refuse_unpicklable(self._callables())
+        return self.__dict__
+
+    def _callables(self) -> dict[str, Callable[..., Any]]:
+        """All functions that came from the user, by the names of their arguments."""
+        projections = {
+            f"{argument}[{name!r}]": function
+            for argument, by_name in self._projections.items()
+            for name, function in by_name.items()
+        }
+        return {**self._losses, **projections}
+
+    def _project(self, argument: str, parameters: Mapping[str, Tensor], values: Tensors) -> Tensors:
+        projections = self._projections[argument]
+        if not projections:
+            return values
+        return tuple(
+            projections[name](t) if name in projections else t for name, t in zip(parameters, values, strict=True)
+        )
+
+
+def _by_name(given: Projections, parameters: Mapping[str, Tensor], argument: str) -> dict[str, Projection]:
+    """The projection of each parameter that has one."""
+    if given is None:
+        return {}
+    by_name = dict(given) if isinstance(given, Mapping) else dict.fromkeys(parameters, given)
+    for name, projection in by_name.items():
+        if name not in parameters:
+            raise ValueError(
+                f"{argument} names {name!r}, which is no trainable parameter; there are {list(parameters)}"
+            )
+        if not callable(projection):
+            raise TypeError(
+                f"{argument} must map a Tensor to a Tensor, as projections.simplex() does, got "
+                f"{type(projection).__name__}"
+            )
+    return by_name

@@ -1,0 +1,70 @@
+"""Minimax problems: one loss, minimised and maximised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchbilevel.problem.base import Loss, Problem, Projections
+from torchbilevel.samples import Samples, draw
+from torchbilevel.tensors import Tensors, mix_seed
+
+
+class MinimaxProblem(Problem):
+    """min over x of max over y in Y of f(x, y).
+
+    x are the trainable parameters of ``upper``, y those of ``lower``. Seen as a bilevel problem, g = -f.
+
+    Args:
+        upper: module that holds x.
+        lower: module that holds y.
+        loss: f, called as ``loss(upper, lower, batch)``; strongly concave in y near y*(x).
+        projection: Euclidean projection on Y: one Tensor -> Tensor map for all parameters of ``lower``, or a dict by
+            parameter name. ``None`` leaves y free.
+        upper_projection: likewise for x, applied after every outer step.
+
+    Raises:
+        TypeError: if a module or loss is of the wrong kind.
+        ValueError: if a module has no trainable parameter, or both share one.
+    """
+
+    minimax = True
+
+    def __init__(
+        self,
+        upper: nn.Module,
+        lower: nn.Module,
+        loss: Loss,
+        projection: Projections = None,
+        upper_projection: Projections = None,
+    ) -> None:
+        super().__init__(upper, lower, {"loss": loss}, projection, upper_projection)
+
+    def upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
+        """The loss f(x, y) on a batch, under a seed."""
+        return self._evaluate("loss", x, y, batch, seed)
+
+    def lower_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
+        """The lower loss g = -f on a batch, under a seed."""
+        return -self.upper_value(x, y, batch, seed)
+
+    def sample(self, batch: Any, lower: Any, upper: Any, seed: int) -> Samples:
+        """One sample for both variables.
+
+        Args:
+            batch: a batch or a source.
+            lower: refused.
+            upper: refused.
+            seed: from which the sample's seed comes.
+
+        Returns:
+            The sample, twice.
+
+        Raises:
+            TypeError: if ``lower`` or ``upper`` was given, or a DataLoader or iterator stands for the batch.
+        """
+        if lower is not None or upper is not None:
+            raise TypeError("a minimax problem has one loss and takes one batch: backward(batch)")
+        one = draw(batch, None, mix_seed(seed, 0), "batch")
+        return Samples(one, one)

@@ -1,0 +1,138 @@
+"""Sources: where mini-batches come from, ``source(n) -> batch``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchbilevel.samples import count
+from torchbilevel.tensors import mix_seed
+
+
+class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
+    """A source of uniform draws with replacement from tensors in memory, on their device, without workers.
+
+    ``source(n)`` returns n rows; ``source(None)`` and any n that reaches the number of rows return all rows in order.
+    Draw number k depends on the seed and k alone.
+
+    Args:
+        tensors: a tensor, or a tuple, list or dict of tensors that share their first dimension.
+        seed: of the draws.
+
+    Raises:
+        TypeError: if ``tensors`` is of another kind.
+        ValueError: if there is no tensor, or the first dimensions differ.
+
+    >>> source = sample((torch.arange(4.0), torch.arange(4)), seed=0)
+    >>> values, labels = source(2)
+    >>> values.shape, bool((values == labels).all())
+    (torch.Size([2]), True)
+    """
+
+    def __init__(self, tensors: Any, seed: int) -> None:
+        if not isinstance(tensors, Tensor | Mapping | list | tuple):
+            raise TypeError(f"tensors must be a tensor, tuple, list or dict of tensors, got {type(tensors).__name__}")
+        # One table for all three forms; the form is put back on every draw.
+        self._columns: dict[Any, Any] = dict(
+            tensors
+            if isinstance(tensors, Mapping)
+            else enumerate([tensors] if isinstance(tensors, Tensor) else tensors)
+        )
+        self._form = dict if isinstance(tensors, Mapping) else Tensor if isinstance(tensors, Tensor) else tuple
+        shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in self._columns.values()]
+        rows = {shape[0] if isinstance(shape, tuple) and shape else 0 for shape in shapes}
+        if len(rows) != 1 or 0 in rows:
+            raise ValueError(f"tensors must be non-empty tensors that share their first dimension, got {shapes}")
+        (self._rows,) = rows
+        self._seed = seed
+        self.draws = 0
+
+    def __call__(self, n: int | None = None) -> Any:
+        """Draw n rows with replacement, or return all rows when n is ``None`` or reaches their number.
+
+        Args:
+            n: number of rows.
+
+        Returns:
+            The rows, in the form of ``tensors`` (a tuple for a list).
+
+        Raises:
+            ValueError: if n is not positive.
+        """
+        columns = self._columns
+        if n is not None and n < 1:
+            raise ValueError(f"batch size must be positive, got {n}")
+        if n is not None and n < self._rows:
+            first = next(iter(columns.values()))
+            generator = torch.Generator(first.device).manual_seed(mix_seed(self._seed, self.draws))
+            self.draws += 1
+            index = torch.randint(self._rows, (n,), generator=generator, device=first.device)
+            columns = {name: t[index.to(t.device)] for name, t in columns.items()}
+        if self._form is dict:
+            return dict(columns)
+        return columns[0] if self._form is Tensor else tuple(columns.values())
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of draws made, from which a resumed run draws on."""
+        return {"draws": self.draws}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue after the draws that ``state_dict`` counted."""
+        self.draws = int(state["draws"])
+
+
+class stream:  # noqa: N801  (used like a function: lower=tb.stream(loader))
+    """A source that serves the batches of a loader one after the other and starts over at its end.
+
+    The loader decides the batch size; a method that asks for another size is refused.
+
+    Args:
+        loader: a DataLoader or any other iterable of batches. A plain iterator is served once and then exhausted.
+
+    >>> source = stream([torch.zeros(2), torch.ones(2)])
+    >>> source(None), source(None), source(None)
+    (tensor([0., 0.]), tensor([1., 1.]), tensor([0., 0.]))
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        if not isinstance(loader, Iterable) or isinstance(loader, Tensor | Mapping):
+            raise TypeError(f"loader must be a DataLoader or a list of batches, got {type(loader).__name__}")
+        self._loader = loader
+        self._batches: Iterator[Any] = iter(())
+        self.served = 0
+
+    def __call__(self, n: int | None = None) -> Any:
+        """Return the next batch.
+
+        Args:
+            n: the number of data points asked for, or ``None``.
+
+        Returns:
+            The batch, as the loader made it.
+
+        Raises:
+            RuntimeError: if the loader is empty or was an iterator that is exhausted.
+            ValueError: if the batch holds more or fewer data points than n.
+        """
+        batch = next(self._batches, _END)
+        if batch is _END:
+            self._batches = iter(self._loader)
+            batch = next(self._batches, _END)
+        if batch is _END:
+            raise RuntimeError(
+                f"the source is exhausted after {self.served} batches; stream a DataLoader or a non-empty list, which "
+                f"can start over"
+            )
+        if n is not None and count(batch) != n:
+            raise ValueError(
+                f"a batch of {n} data points was asked of a stream whose loader gave {count(batch)}; "
+                f"set the loader's batch_size={n} and drop_last=True, or use sample(tensors, seed)"
+            )
+        self.served += 1
+        return batch
+
+
+_END = object()
