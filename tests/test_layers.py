@@ -14,9 +14,15 @@ ORDER = (
     "__init__",
     "methods",
     "method",
+    "verify",
     "certificate",
-    "curvature",
+    "verdict",
+    "constants",
+    "self_check",
     "estimators",
+    "curvature",
+    "response",
+    "lagrangian",
     "lower",
     "linear_solve",
     "problem",
@@ -27,12 +33,13 @@ ORDER = (
     "sources",
     "samples",
     "projections",
+    "lanczos",
     "tensors",
 )
 BELOW = {layer: set(ORDER[i + 1 :]) for i, layer in enumerate(ORDER)}
-for _layer in ("__init__", "methods", "method"):
+for _layer in ("__init__", "methods", "method", "verify"):
     BELOW[_layer].add("optim")
-BELOW["optim"] = {"tensors"}
+BELOW["optim"] = {"lanczos", "tensors"}
 
 OWNER = {"functional_call": "modules", "autograd.grad": "derivatives"}
 

@@ -65,11 +65,11 @@ def implicit(**options: Any) -> Implicit:
 
 
 FIVE: dict[str, Callable[..., Case]] = {
-    "AIDBiO": lambda **o: case(AIDBiO, bilevel, 0.05, lower_solver=solver(), linear_solver=CG(max_iter=2), **o),
-    "ITDBiO": lambda **o: case(ITDBiO, bilevel, 0.05, lower_solver=solver(), **o),
+    "AIDBiO": lambda **o: case(AIDBiO, bilevel, 0.01, lower_solver=solver(), linear_solver=CG(max_iter=2), **o),
+    "ITDBiO": lambda **o: case(ITDBiO, bilevel, 0.01, lower_solver=solver(), **o),
     "GDmax": lambda **o: case(GDmax, minimax, 0.05, lower_solver=solver(), **o),
     "PerturbedAID": lambda **o: case(
-        PerturbedAID, bilevel, 0.05, lower_solver=solver(), linear_solver=CG(max_iter=2), **EAGER, **o
+        PerturbedAID, bilevel, 0.01, lower_solver=solver(), linear_solver=CG(max_iter=2), **EAGER, **o
     ),
     "PerturbedGDmax": lambda **o: case(PerturbedGDmax, minimax, 0.05, lower_solver=solver(), **EAGER, **o),
 }
@@ -123,7 +123,7 @@ def hypergradient(method: Method) -> Tensor:
     return flat(p.grad for p in method.problem.upper_parameters if p.grad is not None)
 
 
-# --- one torch optimizer: the estimator's gradient, the rule's step ----------------------------------------------------
+# --- one torch optimizer: the estimator's gradient, the rule's step --------------------------------------------------
 
 RULES: dict[str, Callable[[Iterable[Any]], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True),
@@ -227,7 +227,7 @@ def test_a_closure_is_called_once_first_and_its_loss_returned() -> None:
     assert plain(method.problem.x) == plain(twin.problem.x)
 
 
-# --- groups and schedules ----------------------------------------------------------------------------------------------
+# --- groups and schedules --------------------------------------------------------------------------------------------
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
@@ -241,18 +241,19 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 @pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())
 def test_a_scheduler_drives_the_rule(make: Callable[[], Case], scheduler: Callable[..., Any]) -> None:
     (method, data), (twin, _) = make(), make()
-    mine, theirs = scheduler(method), scheduler(torch.optim.SGD([torch.zeros(1)], lr=0.05))
+    other = torch.optim.SGD([torch.zeros(1)], lr=method.param_groups[0]["lr"])
+    mine, theirs = scheduler(method), scheduler(other)
     rates = []
     for _ in range(8):
-        rates.append(theirs.optimizer.param_groups[0]["lr"])
+        rates.append(other.param_groups[0]["lr"])
         twin.rule.param_groups[0]["lr"] = rates[-1]
         losses = advance(method, data, 1)
         assert losses == advance(twin, data, 1)
         assert plain(method.problem.x) == plain(twin.problem.x)
-        theirs.optimizer.step()
+        other.step()
         for s in (mine, theirs):
             s.step(*losses if isinstance(s, lr_scheduler.ReduceLROnPlateau) else ())
-    assert len(set(rates)) > 2 and method.rule.param_groups[0]["lr"] == theirs.optimizer.param_groups[0]["lr"]
+    assert len(set(rates)) > 2 and method.rule.param_groups[0]["lr"] == other.param_groups[0]["lr"]
 
 
 def test_each_group_has_its_lr_and_groups_can_be_added() -> None:
@@ -322,7 +323,7 @@ def test_parts_that_cannot_work_together_are_refused(
         Method(*arguments(bilevel()[0]))
 
 
-# --- several backwards before a step -----------------------------------------------------------------------------------
+# --- several backwards before a step ---------------------------------------------------------------------------------
 
 
 @every_method
@@ -377,6 +378,23 @@ def test_micro_batches_of_one_upper_loss_go_with_a_warm_start() -> None:
         twin.backward(lower=data["lower"], upper=task["upper"])
         separate.append(hypergradient(twin))
     assert torch.equal(hypergradient(method), separate[0] + separate[1] + separate[2])
+
+
+def test_one_batch_is_known_by_its_tensors() -> None:
+    """The tuple or dict around them may be made anew for each call."""
+    q, data = quadratic_bilevel(), bilevel()[1]
+    rows, other = data["lower"][0], data["lower"][0].clone()
+    problem = BilevelProblem(
+        *q.modules(),
+        upper_loss=q.upper_loss,
+        lower_loss=lambda upper, lower, batch: q.lower_loss(upper, lower, batch["rows"]),
+    )
+    method = AIDBiO(problem, 0.01, lower_solver=solver())
+    for batch in ({"rows": (rows, 1)}, {"rows": [rows, 1]}):
+        method.backward(lower=batch, upper=data["upper"])
+    for batch in ({"rows": (other, 1)}, {"rows": (rows,)}, {"rows": (rows, 1), "more": rows}, rows):
+        with pytest.raises(RuntimeError, match="another lower batch"):
+            method.backward(lower=batch, upper=data["upper"])
 
 
 def test_one_source_is_not_one_batch() -> None:
@@ -437,7 +455,7 @@ def test_refresh_brings_y_up_to_date(cls: type[Method], problem: Any, closed_for
     assert (after - star).norm() < 0.9 * (before - star).norm()
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def through_a_file(tree: Any) -> Any:
@@ -535,7 +553,7 @@ def test_a_foreign_state_dict_is_refused_before_anything_changed(foreign: Callab
     method.refresh()  # the samples of the last backward are still there
 
 
-# --- copies ------------------------------------------------------------------------------------------------------------
+# --- copies ----------------------------------------------------------------------------------------------------------
 
 
 def storages(method: Method) -> set[int]:
@@ -560,7 +578,7 @@ def test_a_copy_shares_nothing_and_goes_on_alike(make: Callable[[], Case]) -> No
         advance(method, data, 1)
         scheduler.step()
     method.backward(**data)
-    twin = copy.deepcopy(method)
+    twin = copy.deepcopy(method)  # in the middle of a step
     assert "step" in vars(method) and "step" not in vars(twin)
     assert twin.rule is not method.rule and twin.problem is not method.problem
     assert twin.estimator.problem is twin.problem and not storages(method) & storages(twin)
@@ -572,6 +590,16 @@ def test_a_copy_shares_nothing_and_goes_on_alike(make: Callable[[], Case]) -> No
     after = standing(twin)
     assert advance(method, data, 6) == losses
     assert standing(method) == after == standing(twin)
+
+
+def test_a_copy_in_the_middle_of_a_step_leaves_the_source_alone() -> None:
+    method, data = FIVE["AIDBiO"]()
+    source = stream(data["lower"] for _ in range(2))  # a generator, which nothing can copy
+    method.backward(lower=source, upper=data["upper"])
+    twin = copy.deepcopy(method)
+    twin.backward(lower=source, upper=data["upper"])  # the copy is at the beginning of its step
+    twin.step()
+    assert source.served == 2 and twin.steps == 1 and method.steps == 0
 
 
 @every_case
@@ -637,7 +665,7 @@ def test_hooks_may_replace_the_state_dict() -> None:
     assert method.steps == 2
 
 
-# --- what cannot be, and what must not happen --------------------------------------------------------------------------
+# --- what cannot be, and what must not happen ------------------------------------------------------------------------
 
 
 @every_method
@@ -724,14 +752,14 @@ def test_memory_is_flat(make: Callable[[], Case]) -> None:
     gc.collect()
     gc.disable()  # what only the cycle collector could free would show
     try:
-        for _ in range(3):
+        for _ in range(2):
             advance(method, data, 10)
             counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
     finally:
         gc.enable()
-    assert counts[0] == counts[1] == counts[2]
+    assert abs(counts[1] - counts[0]) < 10  # points are kept or not, but no tensor for each step
 
 
 def test_shows_its_parts() -> None:
     text = repr(FIVE["PerturbedAID"]()[0])
-    assert text.startswith("PerturbedAID(") and "CG(max_iter=2" in text and "lr: 0.05" in text
+    assert text.startswith("PerturbedAID(") and "CG(max_iter=2" in text and "lr: 0.01" in text

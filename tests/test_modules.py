@@ -45,12 +45,9 @@ class Scalar(nn.Module):
         return 0.5 * self.log_l2.exp() * sum(t.square().sum() for t in tensors)
 
 
-def batch(*shape: int, out: int = 3) -> tuple[Tensor, Tensor]:
+def batch() -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
-    return (
-        torch.randn(*(shape or (6, 4)), generator=g, dtype=torch.float64),
-        torch.randn(*(*shape[:-1], out) if shape else (6, out), generator=g, dtype=torch.float64),
-    )
+    return torch.randn(6, 4, generator=g, dtype=torch.float64), torch.randn(6, 3, generator=g, dtype=torch.float64)
 
 
 def fit(upper: Any, lower: Any, batch: Any) -> Tensor:
@@ -70,16 +67,16 @@ def attributes() -> Case:
 
 
 class Tied(nn.Module):
-    """One weight in two modules, transposed by the second; the decoder has a bias of its own."""
+    """One weight at four places, two of them in one module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.encode, self.decode = nn.Linear(4, 3, bias=False), nn.Embedding(3, 4)
         self.decode.weight = self.encode.weight
-        self.also = self.encode.weight
+        self.also = self.again = self.encode.weight
 
     def forward(self, t: Tensor) -> Tensor:
-        return torch.tanh(self.encode(t)) @ self.decode.weight @ self.also.T
+        return torch.tanh(self.encode(t)) @ self.decode.weight @ self.also.T + t @ self.again.T
 
 
 class Twice(nn.Module):
@@ -184,7 +181,13 @@ class Lists(nn.Module):
 
 def convolutional() -> Case:
     lower = nn.Sequential(
-        nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.GELU(), nn.Dropout(0.2), nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3)
+        nn.Conv1d(1, 4, 3),
+        nn.BatchNorm1d(4),
+        nn.GELU(),
+        nn.Dropout(0.2),
+        nn.Flatten(),
+        nn.LayerNorm(8),
+        nn.Linear(8, 3),
     )
 
     def loss(upper: Any, lower: Any, batch: Any) -> Tensor:
@@ -295,7 +298,7 @@ def elsewhere(problem: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     return x, y
 
 
-def by_hand(case: Case, loss: Loss, problem: Any, x: Any, y: Any, batch: Any, seed: int) -> tuple[Tensor, list[Tensor]]:
+def by_hand(case: Case, loss: Loss, x: Any, y: Any, batch: Any, seed: int) -> tuple[Tensor, list[Tensor]]:
     """The loss of a copy into which (x, y) were copied, and the copy's parameters."""
     upper, lower = copy.deepcopy((case.upper, case.lower))
     parameters = [p for m in (upper, lower) for p in m.parameters() if p.requires_grad]
@@ -338,7 +341,7 @@ def test_value_gradients_and_products_equal_those_by_hand(case: Case) -> None:
     for value_of, loss in ((problem.upper_value, case.upper_loss), (problem.lower_value, case.lower_loss)):
         value = value_of(x, y, data, 3)
         got = torch.autograd.grad(value, (*x, *y), create_graph=True, allow_unused=True, materialize_grads=True)
-        hand, parameters = by_hand(case, loss, problem, x, y, data, 3)
+        hand, parameters = by_hand(case, loss, x, y, data, 3)
         want = torch.autograd.grad(hand, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(value, hand)
         torch.testing.assert_close(got, want)
@@ -395,9 +398,9 @@ def test_commit_changes_buffers_as_one_plain_forward_of_each_loss(case: Case) ->
     got = [dict(m.named_buffers()) for m in (case.upper, case.lower)]
     torch.testing.assert_close(got, want)
     # Apart from the numbers in the buffers, nothing moved.
-    buffers = {f"{i}.{prefix}.{name}" for i, m in enumerate((case.upper, case.lower)) for prefix, part in m.named_modules() for name in part._buffers}
-    assert {place: kept[0] for place, kept in before.items()} == {place: kept[0] for place, kept in after.items()}
-    rest = before.keys() - buffers
+    assert {place: identity for place, (identity, *_) in before.items()} == {p: i for p, (i, *_) in after.items()}
+    buffers = {id(b) for m in (case.upper, case.lower) for b in m.buffers()}
+    rest = [place for place, (identity, *_) in before.items() if identity not in buffers]
     assert_same({place: before[place] for place in rest}, {place: after[place] for place in rest})
 
 
@@ -410,15 +413,15 @@ def test_losses_that_close_over_live_modules(how: str) -> None:
         def __init__(self) -> None:
             self.model = lower
 
-        def loss(self, u: Any, l: Any, data: Any) -> Tensor:  # noqa: E741
-            return F.mse_loss(self.model(data[0]), data[1]) + u.log_l2.exp() * self.model.weight.square().sum()
+        def loss(self, up: Any, lo: Any, data: Any) -> Tensor:
+            return F.mse_loss(self.model(data[0]), data[1]) + up.log_l2.exp() * self.model.weight.square().sum()
 
     losses: dict[str, Loss] = {
-        "ignoring the arguments": lambda u, l, data: (  # noqa: E741
+        "ignoring the arguments": lambda up, lo, data: (
             F.mse_loss(lower(data[0]), data[1]) + upper.log_l2.exp() * lower.weight.square().sum()
         ),
-        "beside the arguments": lambda u, l, data: (  # noqa: E741
-            F.mse_loss(l(data[0]), data[1]) + u.log_l2.exp() * (lower.weight * l.weight).sum()
+        "beside the arguments": lambda up, lo, data: (
+            F.mse_loss(lo(data[0]), data[1]) + up.log_l2.exp() * (lower.weight * lo.weight).sum()
         ),
         "bound method": Trainer().loss,
     }
@@ -442,11 +445,15 @@ def test_dropout_differs_between_seeds() -> None:
     assert len(values) == 3
 
 
-def test_modules_in_evaluation_mode_commit_nothing() -> None:
-    problem = Case(Scalar().double().eval(), Twice().double().eval(), fit).problem
-    before = photograph(problem.upper, problem.lower)
-    problem.commit_buffers(problem.x, problem.y, problem.sample(None, batch(), batch(), 0))
-    assert_same(before, photograph(problem.upper, problem.lower))
+def test_modules_in_evaluation_mode_have_nothing_to_commit_and_cost_nothing() -> None:
+    upper, lower, calls = Scalar().double(), Twice().double(), []
+    problem = MinimaxProblem(upper, lower, lambda up, lo, data: calls.append(1) or fit(up, lo, data))
+    samples = problem.sample(batch(), None, None, 0)
+    for training in (True, False):
+        upper.eval(), lower.train(training)
+        problem.commit_buffers(problem.x, problem.y, samples)
+        assert len(calls) == 1
+        assert lower.first[1].num_batches_tracked == 2  # one forward runs the module twice
 
 
 def test_a_buffer_shared_by_both_modules_is_committed_once() -> None:
@@ -462,6 +469,30 @@ def test_a_buffer_shared_by_both_modules_is_committed_once() -> None:
     # Two forwards, one after the other, of one and the same running mean: 0 -> m / 2 -> 3 m / 4.
     torch.testing.assert_close(norm.running_mean, 0.75 * data[0].mean(0))
     assert norm.num_batches_tracked == 2
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer that a second module reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.reader = nn.Linear(4, 3), nn.Module()
+        self.register_buffer("calls", torch.tensor(0.0))
+        self.reader.register_buffer("seen", self.calls)
+
+    def forward(self, t: Tensor) -> Tensor:
+        self.calls += 1
+        return self.net(t) * self.reader.seen
+
+
+def test_a_buffer_at_two_places_stays_one() -> None:
+    lower, data = Counter().double(), batch()
+    lower.reader.seen = lower.calls  # double() gave each place a tensor of its own
+    problem = MinimaxProblem(Scalar().double(), lower, lambda up, lo, data: lo(data).sum())
+    value = problem.upper_value(problem.x, problem.y, data[0], 0)
+    torch.testing.assert_close(value, lower.net(data[0]).sum())
+    problem.commit_buffers(problem.x, problem.y, problem.sample(data[0], None, None, 0))
+    assert lower.calls is lower.reader.seen and lower.calls == 1
 
 
 # --- compiled modules -----------------------------------------------------------------------------------------------

@@ -115,7 +115,9 @@ def test_derivative_is_the_projection_on_the_active_face() -> None:
     torch.testing.assert_close(torch.autograd.functional.jacobian(P.linf_ball(0.5), t), torch.diag(inside))
 
 
-@pytest.mark.parametrize("t", [torch.zeros(3), torch.full((3,), 1 / 3), torch.tensor([0.0, 0.0, 1.0]), torch.full((3,), 1e6)])
+@pytest.mark.parametrize(
+    "t", [torch.zeros(3), torch.full((3,), 1 / 3), torch.tensor([0.0, 0.0, 1.0]), torch.full((3,), 1e6)]
+)
 def test_derivatives_are_finite_at_special_points(case, t: Tensor) -> None:
     project, _ = case
     t = torch.cat((t.double(), t.new_zeros(1))).requires_grad_()
@@ -151,6 +153,12 @@ def test_simplex_far_away_keeps_its_digits() -> None:
     t = torch.tensor([1e20, 1e20, 0.0])
     torch.testing.assert_close(P.simplex()(t), torch.tensor([0.5, 0.5, 0.0]))
     torch.testing.assert_close(P.simplex()(t.new_tensor([1e6, 1e6 + 0.5])), torch.tensor([0.25, 0.75]))
+
+
+def test_simplex_of_many_entries_in_half_precision() -> None:
+    # bfloat16 has no integers between 256 and 258, so ranks and sums must not be formed in it.
+    t = torch.linspace(0, 0.01, 602).bfloat16()
+    torch.testing.assert_close(P.simplex()(t), P.simplex()(t.double()).bfloat16())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

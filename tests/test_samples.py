@@ -61,7 +61,9 @@ def test_draw_takes_batches_as_they_are_and_calls_sources() -> None:
 
 @pytest.mark.parametrize("data", [DataLoader(ROWS), iter([ROWS]), (r for r in ROWS)], ids=["loader", "iterator", "gen"])
 def test_draw_refuses_what_is_neither_with_the_remedy(data: object) -> None:
-    with pytest.raises(TypeError, match=r"upper= got a \w+; pass one batch, or the source stream\(loader\), or Batches"):
+    with pytest.raises(
+        TypeError, match=r"upper= got a \w+; pass one batch, or the source stream\(loader\), or Batches"
+    ):
         draw(data, None, 0, "upper")
 
 

@@ -132,7 +132,9 @@ def test_stream_of_an_iterator_ends() -> None:
 def test_stream_refuses_another_batch_size() -> None:
     source = stream(DataLoader(TensorDataset(LABELS), batch_size=8))
     assert len(source(8)[0]) == len(source(8)[0]) == 8
-    with pytest.raises(ValueError, match=r"of 8 data points was asked .* gave 4; set .* batch_size=8 and drop_last=True"):
+    with pytest.raises(
+        ValueError, match=r"of 8 data points was asked .* gave 4; set .* batch_size=8 and drop_last=True"
+    ):
         source(8)
 
 

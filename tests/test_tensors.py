@@ -62,10 +62,35 @@ def test_linear_combinations(alpha: float | Tensor) -> None:
     assert {t.dtype for t in (*ts.scale(alpha, narrow), *ts.axpy(alpha, narrow, narrow))} == {torch.float32}
 
 
-def test_add_scaled_in_place() -> None:
-    target = ts.clone(a)
-    ts.add_scaled_(target, torch.tensor(0.3), b)
-    torch.testing.assert_close(flat(target), flat(a) + float(torch.tensor(0.3)) * flat(b))
+@pytest.mark.parametrize("alpha", [0.3, torch.tensor(0.3, dtype=torch.float64)], ids=["number", "tensor"])
+def test_in_place_updates(alpha: float | Tensor) -> None:
+    for update, want in (
+        (lambda t: ts.add_scaled_(t, alpha, b), flat(a) + 0.3 * flat(b)),
+        (lambda t: ts.add_scaled_(t, alpha, b, sign=-1), flat(a) - 0.3 * flat(b)),
+        (lambda t: ts.scale_add_(t, alpha, b), 0.3 * flat(a) + flat(b)),
+    ):
+        target = ts.clone(a)
+        pointers = [t.data_ptr() for t in target]
+        update(target)
+        torch.testing.assert_close(flat(target), want)
+        assert [t.data_ptr() for t in target] == pointers
+
+
+@pytest.mark.parametrize(
+    "like", [a, a[:1], (a[0].float(), a[1], a[2].float(), a[3]), ()], ids=["all", "one", "mixed", "none"]
+)
+def test_layout_is_a_round_trip_and_keeps_inner_products(like: tuple[Tensor, ...]) -> None:
+    layout = ts.Layout(like)
+    vectors = layout.pack(like)
+    assert len(vectors) == len({t.dtype for t in like}) and all(v.dim() == 1 for v in vectors)
+    back = layout.unpack(vectors)
+    assert all(torch.equal(s, t) and s.dtype == t.dtype for s, t in zip(back, like, strict=True))
+    if like:
+        other = tuple(torch.cos(t) for t in like)
+        assert layout.dot(vectors, layout.pack(other)) == pytest.approx(ts.dot(like, other).item(), rel=1e-6)
+        # What is done to the vectors is done to the tuple.
+        doubled = layout.unpack(tuple(2 * v for v in vectors))
+        assert all(torch.equal(s, 2 * t) for s, t in zip(doubled, like, strict=True))
 
 
 @pytest.mark.parametrize("f", [ts.dot, ts.add, ts.sub, lambda s, t: ts.axpy(1.0, s, t)])

@@ -20,6 +20,7 @@ from torchbilevel.problem import BilevelProblem, MinimaxProblem
 from torchbilevel.samples import Batches
 from torchbilevel.self_check import HypergradientReport, check_hypergradient
 from torchbilevel.sources import sample, stream
+from torchbilevel.verify import Verify
 
 __version__ = "0.1.0.dev0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "SolveResult",
     "TorchOptim",
     "Unrolled",
+    "Verify",
     "certify",
     "check_hypergradient",
     "hessian_operator",

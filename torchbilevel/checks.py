@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbilevel.derivatives import Oracle, explain, reached, scalar
+from torchbilevel.derivatives import Oracle, reached, scalar, vjp
 from torchbilevel.modules import ModulePair
 from torchbilevel.samples import Sample, Samples
 from torchbilevel.tensors import Tensors, is_finite, leaves
@@ -85,14 +85,30 @@ def _check_loss(
 
 def _check_second_derivatives(problem: Any, x: Tensors, y: Tensors, sample: Sample) -> None:
     _, batch, seed = next(sample.parts())
-    try:
-        graph = Oracle(problem).linearize(x, y, Sample(batch, seed))
-        ones = tuple(torch.ones_like(t) for t in y)
-        products = (graph.hessian_product(ones), graph.jacobian_product(ones))
-    except (RuntimeError, NotImplementedError) as error:
-        raise explain(error) from error
-    if not is_finite(graph.gradient, *products):
+    ones = tuple(torch.ones_like(t) for t in y)
+    gradient = Oracle(problem).gradient_graph(x, y, y, batch, seed)
+    products = vjp(gradient, (*y, *x), ones, keep=True)[0]
+    if not is_finite(gradient, products):
         raise ValueError(
             "lower_loss has first or second derivatives that are not finite at the current point (a square root or "
             "norm at zero?)"
         )
+    if _is_cut(gradient):
+        raise RuntimeError(
+            "lower_loss is not twice differentiable (an autograd.Function in it is marked once_differentiable, and "
+            "autograd would pass over its second derivative in silence); replace that operation by one that has a "
+            "second derivative"
+        )
+
+
+def _is_cut(tensors: Tensors) -> bool:
+    """Whether a graph holds one of the nodes that raise when they are reached; products go around them."""
+    stack, seen = [t.grad_fn for t in tensors], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            if node.name() == "torch::autograd::Error":
+                return True
+            seen.add(node)
+            stack += [previous for previous, _ in node.next_functions]
+    return False

@@ -13,7 +13,7 @@ from torchbilevel.linear_solve import CG, SolveResult
 from torchbilevel.problem import Problem
 from torchbilevel.response import best_response
 from torchbilevel.samples import Samples
-from torchbilevel.tensors import Tensors, add, flatten, norm, numel, scale, sub, unflatten
+from torchbilevel.tensors import Tensors, add, flatten, norm, numel, scale, sub, unflatten, zeros
 
 
 class HessianOperator:
@@ -26,31 +26,34 @@ class HessianOperator:
     Minimax: hess Phi u = f_xx u + f_xy dy with g_yy dy = -g_yx u, g = -f, on the active face where y is constrained.
 
     Args:
-        problem: the problem; its modules are left as they are, at the current x.
+        problem: the problem; its modules are left as they are.
         samples: where both losses are evaluated.
         x: where; the current upper parameters by default.
-        tol: accuracy of y: |g_y| <= tol (|y - P(y - g_y)| with a projection); default 1e-10 in float64, 1e-5 in float32.
-        solver_tol: relative accuracy of the linear solves; default 1e-12 in float64, 1e-6 in float32.
+        y: where the search for y*(x) starts; the current lower parameters by default.
+        tol: accuracy of y: |g_y| <= tol (|y - P(y - g_y)| with a projection); default 1e-10 in float64, 4e-5 in
+            float32.
+        solver_tol: relative accuracy of the linear solves; default 1e-12 in float64, 5e-6 in float32.
         max_iter: products per linear solve at most; default the number of lower variables, at least 100.
         oracle: counts the calls; a new one by default.
-        strict: raise where the active face is not well defined; otherwise only say so in ``ambiguous``.
+        strict: raise where the Hessian is not well defined; otherwise only say so in ``trouble``.
 
     Attributes:
         x: upper variables.
         response: y*(x) as it was found, with its residual.
+        value: Phi(x).
         z: the adjoint (bilevel), or ``None``.
         gradient: grad Phi(x).
         gradient_error: first-order estimate of how far the residuals of y and z put the gradient off.
         adjoint_residual: |f_y - g_yy z| (bilevel), 0 for minimax.
-        counts: oracle calls so far.
-        ambiguous: number of bounds on y that are active with a multiplier of zero.
-        worst_solve: the solve with the largest relative residual so far.
+        solve_error: the largest relative residual of a linear solve so far.
+        trouble: why products are not to be trusted, in words; empty if they are.
 
     Raises:
-        ValueError: if the active face is not well defined: bounds that are active with a multiplier of zero, where Phi has no
-            second derivative. The message says how many.
+        ValueError: if the active face is not well defined (bounds that are active with a multiplier of zero, where Phi
+            has no second derivative; the message says how many), or g_yy is not positive definite; not only on
+            construction: a later product may find that out.
 
-    Cost: construction takes a few Newton steps for y, one linear solve for z, and a gradient of L with its graph; then per
+    Cost: construction takes a few Newton steps for y, two linear solves, and a gradient of L with its graph; then per
     product two linear solves with g_yy (minimax: one) and three (minimax: two) reverse sweeps.
 
     Reference: the implicit function theorem on the stationarity conditions of y and z.
@@ -62,6 +65,7 @@ class HessianOperator:
         samples: Samples,
         *,
         x: Tensors | None = None,
+        y: Tensors | None = None,
         tol: float | None = None,
         solver_tol: float | None = None,
         max_iter: int | None = None,
@@ -70,40 +74,40 @@ class HessianOperator:
     ) -> None:
         if problem.constrains_x:
             raise ValueError(
-                "the problem has an upper_projection, and curvature is computed for a free x; where no bound on x is active, "
-                "state the problem without upper_projection"
+                "the problem has an upper_projection, and curvature is computed for a free x; where no bound on x is "
+                "active, state the problem without upper_projection"
             )
         self.x = problem.x if x is None else x
-        self._problem, self._samples = problem, samples
+        y = problem.y if y is None else y
         self.oracle = Oracle(problem) if oracle is None else oracle
-        y = problem.y
         eps = max(torch.finfo(t.dtype).eps for t in (*self.x, *y))
         self.tol = _default(tol, eps**0.64, "tol")
         self._solver = CG(max_iter or max(numel(y), 100), _default(solver_tol, eps**0.77, "solver_tol"))
-        self.worst_solve: SolveResult | None = None
+        self._problem, self._samples, self._strict = problem, samples, strict
+        self.trouble, self.solve_error = "", 0.0
         self.response = best_response(problem, self.oracle, self.x, y, samples.lower, self.tol, self._solver)
-        self.ambiguous = self.response.face.ambiguous()
-        if self.ambiguous and strict:
-            raise ValueError(
-                f"{self.ambiguous} bounds on y are active with a multiplier of zero (strict complementarity fails), so Phi has no "
-                f"second derivative here; move x a little"
+        ambiguous = self.response.face.ambiguous()
+        if ambiguous:
+            self._object(
+                f"{ambiguous} {'bounds' if ambiguous > 1 else 'bound'} on y active with a multiplier of zero (strict "
+                f"complementarity fails): Phi has no second derivative here"
             )
         y = self.response.y
         self.z: Tensors | None = None
+        self.adjoint_residual = 0.0
         self._lagrangian: Lagrangian | None = None
-        g_y = self.response.linearization.gradient
         if problem.minimax:
             self.value, self.gradient, _, _ = self.oracle.upper_gradient(self.x, y, samples.upper)
-            self.adjoint_residual = 0.0
-            correction = self._against(g_y)
         else:
             self.value, _, f_y, _ = self.oracle.upper_gradient(self.x, y, samples.upper)
             self.z = self._solve(f_y)
             self._lagrangian = Lagrangian(self.oracle, self.x, y, self.z, samples)
-            self.gradient, adjoint = self._lagrangian.gradient, self._lagrangian.residual
-            self.adjoint_residual = float(norm(adjoint))
-            correction = self._against(g_y, adjoint)
-        self.gradient_error = float(norm(correction))
+            self.gradient = self._lagrangian.gradient
+            self.adjoint_residual = float(norm(self._lagrangian.residual))
+        # One more Newton step on s = (y, z) would change the gradient by -L_xs L_ss^-1 (L_y, L_z), to first order.
+        step, result = self.response.newton_step(self._solver)
+        self._note(result)
+        self.gradient_error = float(norm(self._respond(zeros(self.x), step, residual=True)))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,38 +119,60 @@ class HessianOperator:
         """Oracle calls so far."""
         return self.oracle.counts
 
+    def at(self, x: Tensors) -> HessianOperator:
+        """The operator at another x, on the same samples and counter; the search for y*(x) starts from this one's."""
+        return HessianOperator(
+            self._problem,
+            self._samples,
+            x=x,
+            y=self.response.y,
+            tol=self.tol,
+            solver_tol=self._solver.tol,
+            max_iter=self._solver.max_iter,
+            oracle=self.oracle,
+            strict=self._strict,
+        )
+
     def product(self, u: Tensors) -> Tensors:
-        """hess Phi u for a tuple of the shapes of x."""
-        graph = self.response.linearization
-        dy = scale(-1.0, self._solve(graph.cross_product(u)))
-        if self._lagrangian is None:  # minimax: the second derivatives of f are those of -g
-            return scale(-1.0, graph.second_derivative(u, dy)[0])
-        in_x, in_y = self._lagrangian.product(u, dy)
-        return sub(in_x, graph.jacobian_product(self._solve(in_y), keep=True))
+        """The product (hess Phi) u.
+
+        Args:
+            u: of the shapes of x.
+
+        Returns:
+            A tuple of the shapes of x. Cost: see the class.
+        """
+        return self._respond(u, scale(-1.0, self._solve(self.response.linearization.cross_product(u))))
 
     def matvec(self, u: Tensor) -> Tensor:
-        """hess Phi u for a flat vector of shape (n,), or for the k columns of a matrix of shape (n, k).
+        """The product with a flat vector of shape (n,), or with the k columns of a matrix of shape (n, k).
 
         Args:
             u: entries in the order of the upper parameters.
 
         Returns:
             A tensor of the shape of u.
+
+        Raises:
+            ValueError: if the shape is another.
         """
         if u.shape[:1] != (self.shape[0],) or u.dim() > 2:
             raise ValueError(f"u must have shape ({self.shape[0]},) or ({self.shape[0]}, k), got {tuple(u.shape)}")
         if u.dim() == 2:
-            return torch.stack([self.matvec(column) for column in u.T], dim=1)
+            return torch.stack([self.matvec(column) for column in u.T], dim=1) if u.shape[1] else u.clone()
         return flatten(self.product(unflatten(u, self.x)))
 
     def dense(self, max_size: int = 2000) -> Tensor:
-        """The symmetrised n x n matrix, for small problems. Cost: n products.
+        """The symmetrised n x n matrix, for small problems.
 
         Args:
             max_size: largest n accepted.
 
         Returns:
-            A tensor of shape (n, n).
+            A tensor of shape (n, n). Cost: n products.
+
+        Raises:
+            ValueError: if n exceeds ``max_size``.
         """
         n = self.shape[0]
         if n > max_size:
@@ -159,37 +185,44 @@ class HessianOperator:
 
     def scipy(self) -> Any:
         """The operator as a ``scipy.sparse.linalg.LinearOperator`` on numpy arrays (needs SciPy)."""
-        from scipy.sparse.linalg import LinearOperator
+        from scipy.sparse.linalg import LinearOperator  # type: ignore[import-untyped, unused-ignore]
 
         like = flatten(self.x)
 
         def matvec(v: Any) -> Any:
-            return self.matvec(torch.as_tensor(v).reshape(-1).to(like)).cpu().numpy()
+            return self.matvec(torch.as_tensor(v).to(like)).cpu().numpy()
 
         dtype = torch.empty(0, dtype=like.dtype).numpy().dtype
-        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=dtype)
+        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, matmat=matvec, rmatmat=matvec, dtype=dtype)
 
     def upper_block(self, u: Tensors) -> Tensors:
-        """f_xx u at fixed y (minimax), for the test of a local Nash equilibrium."""
-        zero = tuple(torch.zeros_like(t) for t in self.response.y)
-        return scale(-1.0, self.response.linearization.second_derivative(u, zero)[0])
+        """The product f_xx u at fixed y (minimax), for the test of a local Nash equilibrium."""
+        return scale(-1.0, self.response.linearization.second_derivative(u, zeros(self.response.y))[0])
+
+    def _respond(self, u: Tensors, dy: Tensors, residual: bool = False) -> Tensors:
+        """How grad Phi changes as x moves by u, y by dy, and z with them; with ``residual``, z is corrected besides."""
+        graph = self.response.linearization
+        if self._lagrangian is None:  # minimax: the second derivatives of f are those of -g
+            return scale(-1.0, graph.second_derivative(u, dy)[0])
+        in_x, in_y = self._lagrangian.product(u, dy)
+        dz = self._solve(add(in_y, self._lagrangian.residual) if residual else in_y)
+        return sub(in_x, graph.jacobian_product(dz, keep=True))
 
     def _solve(self, b: Tensors) -> Tensors:
         result = self.response.solve(b, self._solver)
-        worst = self.worst_solve
-        if worst is None or bool(result.residual * worst.scale > worst.residual * result.scale):
-            self.worst_solve = result
+        self._note(result)
         return result.z
 
-    def _against(self, g_y: Tensors, adjoint: Tensors | None = None) -> Tensors:
-        """What one more Newton step on (y, z) would change in the gradient: -L_xs L_ss^-1 (L_y, L_z)."""
-        graph = self.response.linearization
-        zero = tuple(torch.zeros_like(t) for t in self.x)
-        dy = scale(-1.0, self._solve(g_y))
-        if self._lagrangian is None or adjoint is None:
-            return scale(-1.0, graph.second_derivative(zero, dy)[0])
-        in_x, in_y = self._lagrangian.product(zero, dy)
-        return sub(in_x, graph.jacobian_product(self._solve(add(adjoint, in_y)), keep=True))
+    def _note(self, result: SolveResult) -> None:
+        if bool(result.scale > 0):
+            self.solve_error = max(self.solve_error, float(result.residual / result.scale))
+        if result.status in ("non-positive curvature", "non-finite"):
+            self._object(f"g_yy is not positive definite at y: a linear solve met {result.status}")
+
+    def _object(self, trouble: str) -> None:
+        if self._strict:
+            raise ValueError(trouble)
+        self.trouble = self.trouble or trouble
 
 
 def hessian_operator(

@@ -56,6 +56,11 @@ class Counts:
         setattr(self, f"{kind}s", getattr(self, f"{kind}s") + calls)
         setattr(self, f"{kind}_samples", getattr(self, f"{kind}_samples") + calls * sample.size)
 
+    def include(self, other: Counts) -> None:
+        """Add the calls that another oracle counted."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+
     def state_dict(self) -> dict[str, int]:
         """All counters by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -67,14 +72,14 @@ class Counts:
 
 
 def vjp(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], keep: bool = False
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], keep: bool = False
 ) -> tuple[Tensors, tuple[bool, ...]]:
     """The product cotangents' d outputs / d inputs.
 
     Args:
         outputs: tensors, some of which may be constants without a graph.
         inputs: tensors that require gradients.
-        cotangents: one per output, of its shape.
+        cotangents: one per output, of its shape; ``None`` for a scalar stands for 1.
         keep: whether the graph is kept for further products.
 
     Returns:
@@ -184,7 +189,7 @@ class Oracle:
             for weight, batch, seed in sample.parts():
                 with torch.enable_grad():
                     value = self._upper_value(xs, ys, batch, seed)
-                gradients, found = vjp([value], xs + ys, [torch.ones_like(value)])
+                gradients, found = vjp([value], xs + ys, [None])
                 in_x = in_x or any(found[: len(xs)])
                 yield weight, (value.detach(), *gradients)
 
@@ -200,7 +205,7 @@ class Oracle:
             for weight, batch, seed in sample.parts():
                 with torch.enable_grad():
                     value = self._lower_value(xs, ys, batch, seed)
-                yield weight, (value.detach(), *vjp([value], ys, [torch.ones_like(value)])[0])
+                yield weight, (value.detach(), *vjp([value], ys, [None])[0])
 
         value, *gradient = average(parts())
         return value, tuple(gradient)
@@ -345,6 +350,7 @@ _REMEDIES = {
     "_cudnn_rnn": "run the recurrent network with torch.backends.cudnn.flags(enabled=False) inside the loss",
     "is not implemented": "replace that operation by one that has a second derivative",
     "does not support double backward": "replace that operation by one that has a second derivative",
+    "once_differentiable": "give that function a backward that autograd can differentiate",
 }
 
 
@@ -352,6 +358,6 @@ def explain(error: Exception) -> Exception:
     """Add the remedy to an error that says a loss is not twice differentiable; return other errors as they are."""
     text = str(error)
     for symptom, remedy in _REMEDIES.items():
-        if symptom in text and ("derivative" in text or "backward" in text):
+        if symptom in text and any(word in text for word in ("derivative", "backward", "differentiate")):
             return RuntimeError(f"lower_loss is not twice differentiable ({text.splitlines()[0]}); {remedy}")
     return error

@@ -14,8 +14,8 @@ from torchbilevel.tensors import Tensors, axpy, detach, dot, leaves, zeros
 class Lagrangian:
     """Products with the second derivatives of L in (x, y) at fixed z.
 
-    The gradient of L is built once with its graph (third derivatives of g come in through autograd); each product is one
-    reverse sweep over it. On ``Batches`` the graphs of the parts are rebuilt for every product.
+    The gradient of L is built once with its graph (third derivatives of g come in through autograd); each product is
+    one reverse sweep over it. On ``Batches`` the graphs of the parts are rebuilt for every product.
 
     Args:
         oracle: takes and counts the derivatives.
@@ -44,7 +44,7 @@ class Lagrangian:
         self.gradient, self.residual = total[: len(x)], total[len(x) :]
 
     def product(self, u: Tensors, s: Tensors) -> tuple[Tensors, Tensors]:
-        """(L_xx u + L_xy s, L_yx u + L_yy s).
+        """The pair (L_xx u + L_xy s, L_yx u + L_yy s).
 
         Args:
             u: of the shapes of x.
@@ -54,13 +54,18 @@ class Lagrangian:
             Tuples of the shapes of x and of y. Cost: one reverse sweep over the gradient of L, about four gradients.
         """
         self._oracle.counts.add("lagrangian_product", self._samples.lower)
-        inputs, total = (*self._x, *self._y), zeros((*self._x, *self._y))
+        product = self._sweep((*u, *s))
+        return product[: len(u)], product[len(u) :]
+
+    def _sweep(self, cotangents: Tensors) -> Tensors:
+        inputs = (*self._x, *self._y)
+        total = zeros(inputs)
         try:
             for weight, gradient in self._kept or self._graphs():
-                total = axpy(weight, vjp(gradient, inputs, (*u, *s), keep=self._whole)[0], total)
+                total = axpy(weight, vjp(gradient, inputs, cotangents, keep=self._whole)[0], total)
         except (RuntimeError, NotImplementedError) as error:
             raise explain(error) from error
-        return total[: len(u)], total[len(u) :]
+        return total
 
     def _graphs(self) -> Iterator[tuple[float, Tensors]]:
         """Gradients of the summands of L in (x, y), with their graphs: f part by part, then -<z, g_y> part by part."""

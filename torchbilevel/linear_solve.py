@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from torchbilevel.tensors import (
+    Layout,
+    Scalar,
     Tensors,
     accumulator,
     add_scaled_,
     axpy,
     clone,
-    dot,
     flatten,
     norm,
     numel,
+    scale_add_,
     sub,
     unflatten,
     zeros,
@@ -120,37 +122,63 @@ class CG(LinearSolver):
     @torch.no_grad()
     def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
         """Solve A z = b; see the class."""
-        bb = dot(b, b)
+        layout, size = Layout(b), norm(b)
+        rhs = layout.pack(b)
+        bb = layout.dot(rhs, rhs)
         tol = max(self.tol or 0.0, *(torch.finfo(t.dtype).eps for t in b))
-        limit, eps = tol**2 * bb, torch.finfo(bb.dtype).eps
+        limit, eps = tol**2 * bb, torch.finfo(size.dtype).eps
         if z0 is not None and self.tol is not None and not bool(bb > 0):
             z0 = None  # b = 0 has the solution 0, and no residual but 0 would meet the tolerance
-        z, r = (zeros(b), clone(b)) if z0 is None else (clone(z0), sub(b, matvec(z0)))
+        z = zeros(rhs) if z0 is None else clone(layout.pack(z0))
+        r = clone(rhs) if z0 is None else sub(rhs, layout.pack(matvec(z0)))
         products = int(z0 is not None)
-        p, rr = clone(r), dot(r, r)
-        alive, largest = rr > limit, torch.zeros_like(rr)
-        nonpositive = torch.zeros_like(alive)
+        p, rr = clone(r), layout.dot(r, r)
+        direction = layout.unpack(p)
+        pp, largest = rr, 0 * rr
+        alive, nonpositive = rr > limit, rr < 0
         for _ in range(self.max_iter):
             if self.tol is not None and not bool(alive):
                 break
-            product = matvec(p)
+            product = layout.pack(matvec(direction))
             products += 1
-            # <p, A p> / <r, r> lies between the extreme eigenvalues of A, being a pivot of the tridiagonal matrix that
-            # CG factorises; within the round-off of the largest one met so far, it says that A is singular to working
-            # precision. A pivot that is not finite becomes NaN and passes into z, r and the residual.
-            pivot = (dot(p, product) / rr).nan_to_num(math.nan, math.nan, math.nan)
-            largest = torch.maximum(largest, pivot)
-            flat = pivot <= eps * largest
+            # What is not finite becomes NaN, which fails every test below and passes into z, r and the residual.
+            curvature = _finite_or_nan(layout.dot(p, product))
+            # <p, A p> / <p, p> lies between the extreme eigenvalues of A. Within the round-off of the largest such
+            # value met so far, A is singular to working precision, and a step along p would only amplify round-off.
+            largest = _maximum(largest, _ratio(curvature, pp))
+            flat = curvature <= eps * largest * pp
             nonpositive = nonpositive | (alive & flat)
-            alive = alive & ~flat
-            alpha = torch.where(alive, 1 / pivot, 0.0)
+            alive = alive > flat  # alive and not flat
+            alpha = _where(alive, _ratio(rr, curvature))
             add_scaled_(z, alpha, p)
-            add_scaled_(r, -alpha, product)
-            rr, previous = dot(r, r), rr
-            beta = torch.where(alive, rr / previous, 0.0)
-            p = tuple(s.mul_(beta.to(s.device, s.dtype)).add_(t) for s, t in zip(p, r, strict=True))
+            add_scaled_(r, alpha, product, sign=-1)
+            del product  # so that it is not in memory beside the next one
+            rr, previous = layout.dot(r, r), rr
+            beta = _where(alive, _ratio(rr, previous))
+            scale_add_(p, beta, r)
+            pp = rr + beta * beta * pp  # r is orthogonal to the last p
             alive = alive & (rr > limit)
-        return SolveResult(z, rr.sqrt(), bb.sqrt(), products, tol, nonpositive, torch.zeros_like(alive))
+        residual = torch.as_tensor(rr, dtype=size.dtype, device=size.device).sqrt()
+        failed = torch.as_tensor(nonpositive, device=size.device)
+        return SolveResult(layout.unpack(z), residual, size, products, tol, failed, torch.zeros_like(failed))
+
+
+def _finite_or_nan(a: Scalar) -> Scalar:
+    if isinstance(a, Tensor):
+        return a.nan_to_num(math.nan, math.nan, math.nan)
+    return a if math.isfinite(a) else math.nan
+
+
+def _ratio(a: Scalar, b: Scalar) -> Scalar:
+    return a / b if isinstance(b, Tensor) or b else math.nan
+
+
+def _where(condition: bool | Tensor, a: Scalar) -> Scalar:
+    return torch.where(condition, a, 0.0) if isinstance(condition, Tensor) else a if condition else 0.0
+
+
+def _maximum(a: Scalar, b: Scalar) -> Scalar:
+    return torch.maximum(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else max(a, b)
 
 
 class Neumann(LinearSolver):
@@ -192,10 +220,8 @@ class Neumann(LinearSolver):
         start = norm(r)
         z = axpy(self.lr, r, z)
         for _ in range(self.steps):
-            for s, t in zip(r, matvec(r), strict=True):
-                s.sub_(t, alpha=self.lr)
-            for s, t in zip(z, r, strict=True):
-                s.add_(t, alpha=self.lr)
+            torch._foreach_sub_(r, matvec(r), alpha=self.lr)
+            torch._foreach_add_(z, r, alpha=self.lr)
         residual, products = norm(r), self.steps + (z0 is not None)
         nonpositive = torch.zeros_like(residual, dtype=torch.bool)
         return SolveResult(z, residual, norm(b), products, None, nonpositive, residual > start)

@@ -278,7 +278,8 @@ class SignGD(Unrollable):
 
     def update(self, y: Tensors, g: Tensors, state: Any) -> tuple[Tensors, Any]:
         """One step; see the class."""
-        return _descend(y, tuple(t.sign() for t in g), self.lr), None
+        # torch.sign maps NaN to 0, which would hide it.
+        return _descend(y, tuple(torch.where(t.isnan(), t, t.sign()) for t in g), self.lr), None
 
 
 class TorchOptim(LowerSolver):

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchbilevel.certificate import Certificate
 from torchbilevel.estimators.base import Estimator
 from torchbilevel.optim.base import Claim, Event, Rule
 from torchbilevel.problem import Problem
-from torchbilevel.tensors import Tensors, clone
+from torchbilevel.tensors import Tensors, clone, mix_seed
+from torchbilevel.verify import Verify
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,7 @@ class Method(torch.optim.Optimizer):
         problem: a ``BilevelProblem`` or ``MinimaxProblem``.
         estimator: ``Implicit``, ``Unrolled`` or ``Danskin``.
         rule: any torch optimizer over parameters of ``problem.upper``; those of ``torchbilevel.optim`` escape saddles.
+        verify: how the claim of a rule that tests its answer is checked; see ``Verify``.
 
     Attributes:
         problem: as given.
@@ -80,7 +83,9 @@ class Method(torch.optim.Optimizer):
         (0.5, 0.0)
     """
 
-    def __init__(self, problem: Problem, estimator: Estimator, rule: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, problem: Problem, estimator: Estimator, rule: torch.optim.Optimizer, *, verify: Verify | None = None
+    ) -> None:
         require_problem(problem)
         if not isinstance(estimator, Estimator):
             raise TypeError(
@@ -93,6 +98,15 @@ class Method(torch.optim.Optimizer):
         self.problem, self.estimator, self.rule = problem, estimator, rule
         self._require_upper(p for group in rule.param_groups for p in group["params"])
         self._require_values()
+        if problem.constrains_x and getattr(rule, "needs_probe", False):
+            raise ValueError(
+                f"{type(rule).__name__} searches for negative curvature, which needs a free x: use a Perturbed rule, or "
+                "leave out upper_projection"
+            )
+        if verify is not None:
+            verify.require(problem, rule)
+        self.verify = verify
+        self.certificate: Certificate | None = None
         estimator.bind(problem)
         self._steps = 0
         self._task: Any = None  # the lower batch of the backwards since the last step,
@@ -123,7 +137,7 @@ class Method(torch.optim.Optimizer):
         """
         self._require_running()
         task = batch if self.problem.minimax else lower
-        if self._backwards and self.estimator.warm_start and (task is not self._task or callable(task)):
+        if self._backwards and self.estimator.warm_start and (callable(task) or not _same(task, self._task)):
             kind = "batch" if self.problem.minimax else "lower batch"
             raise RuntimeError(
                 f"backward was called again before step() with another {kind}, and warm_start=True would carry y from "
@@ -160,7 +174,10 @@ class Method(torch.optim.Optimizer):
             else:
                 rule.step()
         if isinstance(rule, Rule):
-            self._follow(rule, answer, rule.events[seen:], step)
+            news = rule.events[seen:]
+            self._follow(rule, answer, news, step)
+            if self.verify is not None and any(event.kind == "escape test passed" for event in news):
+                self._check_claim(rule, self.verify)
         self._steps += 1
         self._forget()
         return returned
@@ -301,18 +318,17 @@ class Method(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # For deepcopy and pickle. Hooks stay behind, as in torch, and so does the ``step`` that a scheduler patches in:
-        # both are bound to the original. Attributes of the rule that torch leaves behind (LBFGS has some) come along.
+        # both are bound to the original. So do the backwards since the last step, whose gradients torch does not copy.
+        # Attributes of the rule that torch leaves behind (LBFGS has some) come along.
         def own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
             return {k: v for k, v in vars(optimizer).items() if k != "step" and not k.startswith("_optimizer_")}
 
-        return {"rule_attributes": own(self.rule), **own(self)}
+        return {**own(self), "_task": None, "_loss": 0.0, "_backwards": 0, "rule_attributes": own(self.rule)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attributes = state.pop("rule_attributes")
         super().__setstate__(state)
         vars(self.rule).update(attributes)
-        # The gradients of the backwards since the last step are not part of a copied parameter.
-        self._forget()
 
     def __repr__(self) -> str:
         rule = repr(self.rule).replace("\n", "\n  ")
@@ -398,13 +414,28 @@ class Method(torch.optim.Optimizer):
 
     def _follow(self, rule: Rule, answer: Any, news: list[Event], step: int) -> None:
         """Keep the y that belongs to the rule's answer, which is the point of this step or of the last perturbation."""
-        before = self._y_anchor
+        if rule.answer is not None and rule.answer is not answer:
+            self._y_answer = clone(self.problem.y) if rule.answer.step == step else self._y_anchor
         if any(event.kind == "perturbation" for event in news):
             self._y_anchor = clone(self.problem.y)
-        if rule.answer is not None and rule.answer is not answer:
-            self._y_answer = self._y_anchor if rule.answer.step == step else before
         if rule.done and self._y_answer is not None:
             self.problem.set_y(self._y_answer)
+
+    def _check_claim(self, rule: Rule, verify: Verify) -> None:
+        """Certify the rule's answer, and act on the verdict."""
+        x = self.result().x
+        grad_tol, seed = getattr(rule, "grad_tol", 0.0), mix_seed(rule.seed, rule.steps)
+        self.certificate = verify.check(self.problem, x, self.estimator.last_samples, grad_tol, seed)
+        self.estimator.counts.include(self.certificate.counts)
+        verdict, curvature = self.certificate.verdict, self.certificate.lambda_min
+        if verdict == "epsilon-local minimum":
+            rule.confirm(curvature)
+            return
+        rule.withdraw("saddle left" if verdict == "strict saddle" else "claim withdrawn", curvature)
+        if verdict == "strict saddle":
+            with torch.no_grad():
+                for p, t in zip(self.problem.upper_parameters, verify.leave(self.certificate, x), strict=True):
+                    p.copy_(t)
 
     @contextmanager
     def _constrained(self) -> Iterator[None]:
@@ -457,6 +488,15 @@ def require_problem(problem: Any) -> Problem:
     if not isinstance(problem, Problem):
         raise TypeError(f"problem must be a BilevelProblem or MinimaxProblem, got {type(problem).__name__}")
     return problem
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two batches hold the same tensors."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b
 
 
 def _rate(group: dict[str, Any]) -> float:

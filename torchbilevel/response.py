@@ -1,8 +1,9 @@
-"""The best response y*(x) to a stated accuracy, and solves with g_yy there, on the active face where y is constrained."""
+"""The best response y*(x) to a stated accuracy, and solves with g_yy there, on the face that y lies on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torchbilevel.lanczos import Eigenpair, smallest_eigenpair
 from torchbilevel.linear_solve import CG, SolveResult
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Sample
-from torchbilevel.tensors import Tensors, add, axpy, clone, detach, flatten, leaves, norm, scale, sub, unflatten
+from torchbilevel.tensors import Tensors, add, axpy, clone, detach, dot, flatten, leaves, norm, scale, sub, unflatten
 
 
 class Face:
@@ -22,8 +23,11 @@ class Face:
 
         [ (J - J^2) + J g_yy J ] q = -J g_yx dx,
 
-    where J - J^2 vanishes on a flat face and is its curvature on a round one (divide J (J^+ - I) J by the step, here 1).
-    Without a projection J = I. J is applied through autograd, so any differentiable Tensor -> Tensor projection works.
+    where J - J^2 vanishes on a flat face and carries the curvature of a round one. Without a projection J = I. J is
+    applied through autograd, so any differentiable Tensor -> Tensor projection works.
+
+    On a flat face, where J is a projector, solves take I - J in place of J - J^2. It makes the system regular and does
+    not reach J q; without it, a right-hand side that is round-off across the face is met with a curvature of zero.
 
     Args:
         problem: whose projection is meant.
@@ -36,38 +40,67 @@ class Face:
         self._problem = problem
         if not self.free:
             self._point = leaves(sub(y, g_y))
-            with torch.enable_grad():
-                self._image = problem.project_y(self._point)
+            self._image = self._project(self._point)
+            once = self.project(_probes(self._point, 0))
+            self._flat = [
+                bool((p - q).norm() <= 1e3 * torch.finfo(p.dtype).eps * p.norm())
+                for p, q in zip(once, self.project(once), strict=True)
+            ]
 
     def project(self, s: Tensors) -> Tensors:
         """J s."""
         return s if self.free else vjp(self._image, self._point, s, keep=True)[0]
 
-    def system(self, hessian_product: LowerLinearization, q: Tensors) -> Tensors:
-        """[(J - J^2) + J g_yy J] q. Cost: one Hessian-vector product."""
+    def system(self, hessian: LowerLinearization, q: Tensors, across: float) -> Tensors:
+        """[(J - J^2) + J g_yy J] q, with ``across`` (I - J) on flat faces. Cost: one Hessian-vector product."""
         if self.free:
-            return hessian_product.hessian_product(q)
-        flat = self.project(q)
-        return add(sub(flat, self.project(flat)), self.project(hessian_product.hessian_product(flat)))
+            return hessian.hessian_product(q)
+        along = self.project(q)
+        rest = tuple(
+            across * (s - t) if flat else t - u
+            for s, t, u, flat in zip(q, along, self.project(along), self._flat, strict=True)
+        )
+        return add(rest, self.project(hessian.hessian_product(along)))
 
-    def ambiguous(self, scale_: float = 1e-6) -> int:
-        """Number of entries whose bound is active with a multiplier of zero, so that the face is not well defined.
+    def draw(self, like: Tensors, generator: torch.Generator) -> Tensors:
+        """A normal vector, in the range of J where the face is round (where ``system`` is regular only there)."""
+        normal = tuple(torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for t in like)
+        if self.free:
+            return normal
+        return tuple(s if flat else t for s, t, flat in zip(normal, self.project(normal), self._flat, strict=True))
 
-        An entry counts if its row of J changes between vanishing and not when y - g_y moves by ``scale_`` to either side.
+    def ambiguous(self) -> int:
+        """Number of bounds that are active with a multiplier of zero, so that the face is not well defined.
+
+        J is compared at y - g_y moved by small random vectors to either side. A bound counts that is active on one side
+        only: the row of its entry vanishes there. Where J jumps without that (on the sphere), one is counted.
+
+        Returns:
+            The number.
         """
         if self.free:
             return 0
-        generator = torch.Generator().manual_seed(0)
-        draws = [torch.randn((2, *t.shape), generator=generator).to(t) for t in self._point]
-        rows = []
-        for side in (scale_, -scale_):
-            shifted = leaves(
-                tuple(p + side * (1 + p.abs()) * d[0].sign() for p, d in zip(detach(self._point), draws, strict=True))
-            )
-            with torch.enable_grad():
-                image = self._problem.project_y(shifted)
-            rows.append([row != 0 for row in vjp(image, shifted, tuple(d[1] for d in draws))[0]])
-        return int(sum(int((a != b).sum()) for a, b in zip(*rows, strict=True)))
+        flips, jumps = torch.tensor(False), torch.tensor(False)
+        for seed in range(8):  # bounds that depend on each other, as on the simplex, do not all show at once
+            shifts, probes = _probes(self._point, 2 * seed), _probes(self._point, 2 * seed + 1)
+            one, other = self._rows(1.0, shifts, probes), self._rows(-1.0, shifts, probes)
+            flips = flips.to(one.device) | ((one == 0) != (other == 0))
+            # What changes smoothly changes ten times less over a tenth of the distance; a jump stays.
+            far, near = one - other, self._rows(0.1, shifts, probes) - self._rows(-0.1, shifts, probes)
+            jumps = jumps.to(one.device) | (near.norm() > 0.5 * far.norm()) & (near.norm() > 1e-3)
+        return max(int(flips.sum()), int(jumps))
+
+    def _rows(self, distance: float, shifts: Tensors, probes: Tensors) -> Tensor:
+        """J times the probes, at y - g_y moved by the shifts (each entry by one unit of distance, or more)."""
+        moved = leaves(
+            p + distance * torch.finfo(p.dtype).eps ** 0.4 * (1 + p.abs()) * (d + d.sign())
+            for p, d in zip(detach(self._point), shifts, strict=True)
+        )
+        return flatten(vjp(self._project(moved), moved, probes)[0])
+
+    def _project(self, y: Tensors) -> Tensors:
+        with torch.enable_grad():
+            return self._problem.project_y(y)
 
 
 @dataclass(frozen=True)
@@ -76,47 +109,70 @@ class Response:
 
     Attributes:
         y: the lower variables.
-        residual: |y - P(y - g_y)|, without a projection |g_y|.
-        converged: whether the residual met the tolerance.
+        defect: R(y) = y - P(y - g_y), without a projection g_y.
+        residual: |R(y)|.
         linearization: of g at (x, y), with g_x.
         face: where y lies.
-        iterations: Newton steps taken.
+        iterations: steps taken.
     """
 
     y: Tensors
+    defect: Tensors
     residual: float
-    converged: bool
     linearization: LowerLinearization
     face: Face
     iterations: int
 
     def solve(self, b: Tensors, solver: CG) -> SolveResult:
         """Solve with g_yy; on a face, return J q for the system of ``Face`` with right-hand side J b."""
-        face = self.face
-        result = solver.solve(lambda q: face.system(self.linearization, q), face.project(b))
-        if face.free:
-            return result
-        return SolveResult(
-            face.project(result.z),
-            result.residual,
-            result.scale,
-            result.iterations,
-            result.tol,
-            result.nonpositive,
-            result.diverged,
-        )
+        result = solver.solve(lambda q: self.face.system(self.linearization, q, 1.0), self.face.project(b))
+        return replace(result, z=self.face.project(result.z))
 
-    def smallest_eigenvalue(self, generator: torch.Generator, max_basis: int) -> Eigenpair | None:
-        """Smallest eigenpair of g_yy on the face (of its reduced system where the face is round); ``None`` at a vertex."""
-        start = flatten(self.face.project(unflatten(_normal(flatten(self.y), generator), self.y)))
-        if not bool(start.norm() > 0):
+    def newton_step(self, solver: CG) -> tuple[Tensors, SolveResult]:
+        """The step d that would bring R to zero to first order.
+
+        With J the derivative of P, (I - J) d = -(I - J) R, and d = J q - (I - J) R for the rest, with
+        [(J - J^2) + J g_yy J] q = J (g_yy (I - J) R - R).
+
+        Args:
+            solver: for q.
+
+        Returns:
+            The step, and how its solve ended.
+        """
+        if self.face.free:
+            result = self.solve(self.defect, solver)
+            return scale(-1.0, result.z), result
+        across = sub(self.defect, self.face.project(self.defect))
+        result = self.solve(sub(self.linearization.hessian_product(across), self.defect), solver)
+        return sub(result.z, across), result
+
+    def smallest_eigenvalue(
+        self, generator: torch.Generator, max_basis: int, failure_probability: float
+    ) -> Eigenpair | None:
+        """Smallest eigenpair of g_yy on the face, as far as its sign needs.
+
+        Args:
+            generator: of the random start.
+            max_basis: cap on the Lanczos basis.
+            failure_probability: of the error bar.
+
+        Returns:
+            The pair (of the reduced system where the face is round), ``None`` at a vertex.
+        """
+        along = self.face.project(self.face.draw(self.y, generator))
+        size = dot(along, along)
+        if not bool(size > 0):
             return None
-
-        def operator(v: Tensor) -> Tensor:
-            return flatten(self.face.system(self.linearization, unflatten(v, self.y)))
-
+        # A Rayleigh quotient is no smaller than the smallest eigenvalue, so the system may have it across the face.
+        across = abs(float(dot(along, self.face.system(self.linearization, along, 0.0)) / size))
         return smallest_eigenpair(
-            operator, start, max_basis=max_basis, enough=lambda value, residual, _: residual <= 0.05 * abs(value)
+            lambda v: flatten(self.face.system(self.linearization, unflatten(v, self.y), across)),
+            flatten(self.face.draw(self.y, generator)),
+            max_basis=max_basis,
+            failure_probability=failure_probability,
+            enough=lambda value, residual, error: residual <= 0.1 * abs(value) and (value < 0 or value > 2 * error),
+            redraw=lambda: flatten(self.face.draw(self.y, generator)),
         )
 
 
@@ -125,9 +181,8 @@ def best_response(
 ) -> Response:
     """Bring y to y*(x) by Newton steps, each from a linear solve, halved until the residual falls.
 
-    R(y) = y - P(y - g_y); with J the derivative of P, the step d has (I - J) d = -(I - J) R and, on the face,
-    [(J - J^2) + J g_yy J] q = J (-R + g_yy (I - J) R). Where g_yy is not positive definite along the way, the step is a gradient
-    step of length 1 / |g_yy| instead.
+    Where g_yy is not positive definite along the way, the step is a gradient step of length 1 / |g_yy| instead, halved
+    until g falls: so y leaves a maximiser rather than being drawn to it.
 
     Args:
         problem: the problem; its modules are left alone.
@@ -137,53 +192,43 @@ def best_response(
         sample: where g is evaluated.
         tol: stop when |R| <= tol.
         solver: for the steps.
-        max_iter: Newton steps at most.
+        max_iter: steps at most.
 
     Returns:
-        The response, converged or not. Cost: per step one gradient of g, one linear solve and the trial gradients.
+        The response; its residual exceeds ``tol`` if round-off or ``max_iter`` ended the iteration. Cost: per step one
+        linear solve, and one gradient of g per trial.
     """
-    y = clone(problem.project_y(y))
-    best = float("inf")
-    for iteration in range(max_iter + 1):
+
+    def respond(y: Tensors, iteration: int) -> Response:
         linearization = oracle.linearize(x, y, sample, in_x=True)
-        face = Face(problem, y, linearization.gradient)
-        residual = _residual(problem, y, linearization.gradient)
-        best = float(norm(residual))
-        if best <= tol or iteration == max_iter:
-            break
-        step = _newton_step(face, linearization, residual, solver)
-        trial, size = None, 1.0
-        for _ in range(30):
-            candidate = problem.project_y(axpy(size, step, y))
-            gradient = oracle.lower_gradient(x, candidate, sample)[1]
-            if float(norm(_residual(problem, candidate, gradient))) < (1 - 1e-4 * size) * best:
-                trial = candidate
+        g_y = linearization.gradient
+        defect = sub(y, problem.project_y(sub(y, g_y))) if problem.constrains_y else g_y
+        return Response(y, defect, float(norm(defect)), linearization, Face(problem, y, g_y), iteration)
+
+    here = respond(clone(problem.project_y(y)), 0)
+    while tol < here.residual < math.inf and here.iterations < max_iter:
+        step, solve = here.newton_step(solver)
+        descend = solve.status in ("non-positive curvature", "non-finite")
+        if descend:
+            curvature = norm(here.linearization.hessian_product(here.defect)) / here.residual
+            step = scale(-1.0 / curvature.clamp(min=torch.finfo(curvature.dtype).tiny), here.defect)
+            value = oracle.lower_gradient(x, here.y, sample)[0]
+        size = 1.0
+        while size > 1e-4:
+            there = respond(problem.project_y(axpy(size, step, here.y)), here.iterations + 1)
+            if descend:
+                falls = bool(oracle.lower_gradient(x, there.y, sample)[0] < value)
+            else:
+                falls = there.residual < (1 - 1e-4 * size) * here.residual
+            if falls:
                 break
             size *= 0.5
-        if trial is None:  # round-off: the residual cannot fall any further
+        else:  # round-off: it can fall no further
             break
-        y = trial
-    return Response(y, best, best <= tol, linearization, face, iteration)
+        here = there
+    return here
 
 
-def _residual(problem: Problem, y: Tensors, g: Tensors) -> Tensors:
-    return sub(y, problem.project_y(sub(y, g))) if problem.constrains_y else g
-
-
-def _newton_step(face: Face, linearization: LowerLinearization, residual: Tensors, solver: CG) -> Tensors:
-    if face.free:
-        solve = solver.solve(linearization.hessian_product, residual)
-        step = scale(-1.0, solve.z)
-    else:
-        across = sub(residual, face.project(residual))
-        rhs = face.project(sub(linearization.hessian_product(across), residual))
-        solve = solver.solve(lambda q: face.system(linearization, q), rhs)
-        step = sub(face.project(solve.z), across)
-    if solve.status not in ("non-positive curvature", "non-finite"):
-        return step
-    curvature = norm(linearization.hessian_product(residual)) / norm(residual)
-    return scale(-1.0 / curvature.clamp(min=torch.finfo(curvature.dtype).tiny), residual)
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+def _probes(like: Tensors, seed: int) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(t.shape, generator=generator).to(t) for t in like)

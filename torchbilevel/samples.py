@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count as numbers
 from typing import Any
 
@@ -43,7 +44,7 @@ class Sample:
         """Whether the sample is one batch, so that one graph serves all products."""
         return not isinstance(self.batch, Batches)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of data points, as the oracle counts count them."""
         return self.batch.size if isinstance(self.batch, Batches) else count(self.batch)

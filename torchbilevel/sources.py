@@ -35,13 +35,15 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
     def __init__(self, tensors: Any, seed: int) -> None:
         if not isinstance(tensors, Tensor | Mapping | list | tuple):
             raise TypeError(f"tensors must be a tensor, tuple, list or dict of tensors, got {type(tensors).__name__}")
-        # One table for all three forms; the form is put back on every draw.
-        self._columns: dict[Any, Any] = dict(
-            tensors
-            if isinstance(tensors, Mapping)
-            else enumerate([tensors] if isinstance(tensors, Tensor) else tensors)
-        )
-        self._form = dict if isinstance(tensors, Mapping) else Tensor if isinstance(tensors, Tensor) else tuple
+        self._form: type
+        # One table for all forms; the form is put back on every draw.
+        self._columns: dict[Any, Any]
+        if isinstance(tensors, Mapping):
+            self._columns, self._form = dict(tensors), dict
+        elif isinstance(tensors, Tensor):
+            self._columns, self._form = {0: tensors}, Tensor
+        else:
+            self._columns, self._form = dict(enumerate(tensors)), tuple
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in self._columns.values()]
         rows = {shape[0] if isinstance(shape, tuple) and shape else 0 for shape in shapes}
         if len(rows) != 1 or 0 in rows:

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
+Scalar = float | Tensor
 
 
 def accumulator(t: Tensor) -> Tensor:
     """Lift half-precision tensors to float32, in which all sums are formed."""
     return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def _row(t: Tensor) -> Tensor:
+    return accumulator(t if t.dim() == 1 else t.reshape(-1))
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -29,9 +34,9 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     >>> dot((torch.ones(2), torch.tensor(3.0)), (torch.ones(2), torch.tensor(2.0)))
     tensor(8.)
     """
-    if len(a) == 1:
-        return torch.dot(accumulator(a[0]).reshape(-1), accumulator(b[0]).reshape(-1))
-    parts = [torch.dot(accumulator(s).reshape(-1), accumulator(t).reshape(-1)) for s, t in zip(a, b, strict=True)]
+    parts = [torch.dot(_row(s), _row(t)) for s, t in zip(a, b, strict=True)]
+    if len(parts) == 1:
+        return parts[0]
     dtype = parts[0].dtype
     for p in parts[1:]:
         dtype = torch.promote_types(dtype, p.dtype)
@@ -68,10 +73,72 @@ def axpy(alpha: float | Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Ten
     return tuple(torch.add(t, s, alpha=alpha) for s, t in zip(a, b, strict=True))
 
 
-def add_scaled_(a: Sequence[Tensor], alpha: Tensor, b: Sequence[Tensor]) -> None:
-    """In place, a += alpha b with a 0-d tensor alpha: one kernel per tensor and no wait for the device."""
+def add_scaled_(a: Sequence[Tensor], alpha: Scalar, b: Sequence[Tensor], sign: int = 1) -> None:
+    """In place, a += sign alpha b: one kernel per tensor and no wait for the device."""
     for s, t in zip(a, b, strict=True):
-        s.addcmul_(t, alpha.to(s.device, s.dtype))
+        if isinstance(alpha, Tensor):
+            s.addcmul_(t, alpha.to(s.device, s.dtype), value=sign)
+        else:
+            s.add_(t, alpha=sign * alpha)
+
+
+def scale_add_(a: Sequence[Tensor], alpha: Scalar, b: Sequence[Tensor]) -> None:
+    """In place, a = alpha a + b: one kernel per tensor and no wait for the device."""
+    for s, t in zip(a, b, strict=True):
+        if isinstance(alpha, Tensor):
+            torch.addcmul(t, s, alpha.to(s.device, s.dtype), out=s)
+        else:
+            torch.add(t, s, alpha=alpha, out=s)
+
+
+class Layout:
+    """Tuples of tensors as flat vectors, one per device and dtype: arithmetic then costs a few kernels for any number.
+
+    Inner products are Python numbers where all tensors are on the CPU, since there an operation on a 0-d tensor costs
+    as much as one on a short vector; elsewhere they are 0-d tensors, since a number would have to wait for the device.
+
+    Args:
+        like: a tuple of the shapes, dtypes and devices to come.
+
+    >>> layout = Layout((torch.zeros(2), torch.zeros(())))
+    >>> vectors = layout.pack((torch.ones(2), torch.tensor(3.0)))
+    >>> layout.unpack(vectors), layout.dot(vectors, vectors)
+    ((tensor([1., 1.]), tensor(3.)), 11.0)
+    """
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for i, t in enumerate(like):
+            groups.setdefault((t.device, t.dtype), []).append(i)
+        self._groups = list(groups.values())
+        self._shapes = [t.shape for t in like]
+        # Kernels are fastest on addresses that are multiples of 64 bytes or so, hence the gaps between tensors.
+        self._gaps = {i: like[i].new_zeros(-like[i].numel() % 16) for g in groups.values() if len(g) > 1 for i in g}
+        self._on_cpu = all(device.type == "cpu" for device, _ in groups)
+
+    def pack(self, a: Sequence[Tensor]) -> Tensors:
+        """The flat vectors; a tensor alone in its vector is viewed where possible, others are copied."""
+        return tuple(
+            torch.cat([piece for i in group for piece in (a[i].reshape(-1), self._gaps[i])])
+            if len(group) > 1
+            else a[group[0]].reshape(-1)
+            for group in self._groups
+        )
+
+    def unpack(self, vectors: Sequence[Tensor]) -> Tensors:
+        """Views of the flat vectors in the shapes of the tuple."""
+        views: dict[int, Tensor] = {}
+        for vector, group in zip(vectors, self._groups, strict=True):
+            start = 0
+            for i in group:
+                size = self._shapes[i].numel()
+                views[i] = vector[start : start + size].view(self._shapes[i])
+                start += size + -size % 16
+        return tuple(views[i] for i in range(len(views)))
+
+    def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Scalar:
+        """Inner product of flat vectors."""
+        return float(dot(a, b)) if self._on_cpu else dot(a, b)
 
 
 def _like(alpha: float | Tensor, t: Tensor) -> float | Tensor:

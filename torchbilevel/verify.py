@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from torchbilevel.certificate import Certificate, certify_samples
+from torchbilevel.optim.base import Rule
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Samples
 from torchbilevel.tensors import Tensors, axpy, mix_seed
@@ -44,6 +47,24 @@ class Verify:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+
+    def require(self, problem: Problem, rule: torch.optim.Optimizer) -> None:
+        """Refuse a rule that claims nothing, and a problem that ``certify`` cannot judge.
+
+        Args:
+            problem: the problem.
+            rule: the rule.
+
+        Raises:
+            ValueError: if there would be nothing to verify, or no way to.
+        """
+        if not isinstance(rule, Rule) or not (getattr(rule, "needs_probe", False) or getattr(rule, "value_test", True)):
+            raise ValueError(
+                f"verify= checks the claim of a rule that tests its answer, and {type(rule).__name__} makes none: use "
+                "Pullback, NEON or NegativeCurvature, or set value_test=True"
+            )
+        if problem.constrains_x:
+            raise ValueError("verify= needs a free x, and the problem has an upper_projection")
 
     def check(self, problem: Problem, x: Tensors, samples: Samples, grad_tol: float, seed: int) -> Certificate:
         """The certificate at x.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
 
-from torchbilevel.optim import Perturbed, PerturbedGD, Rule
+from torchbilevel.optim import Perturbed, PerturbedGD, Pullback, Rule
 
 SETTINGS: dict[str, Any] = {"radius": 0.1, "grad_tol": 0.5, "escape_steps": 5, "seed": 3}
 TESTED = {**SETTINGS, "value_test": True, "value_tol": 1e-3}
@@ -26,6 +26,9 @@ RULES: dict[str, Build] = {
         torch.optim.SGD(params, lr, momentum=0.5), **{**SETTINGS, **kw}
     ),
     "Perturbed(Adam)": lambda params, lr=0.1, **kw: Perturbed(torch.optim.Adam(params, lr), **{**SETTINGS, **kw}),
+    "Pullback": lambda params, lr=0.1, value_test=False, value_tol=None, **kw: Pullback(
+        params, lr, 0.1, **{**SETTINGS, "mean_movement": 1e-3, **kw}
+    ),
 }
 every_rule = pytest.mark.parametrize("build", RULES.values(), ids=RULES.keys())
 
@@ -360,10 +363,11 @@ def test_foreign_checkpoint_is_refused_and_nothing_changes(build: Build) -> None
     plain = {k: v for k, v in good.items() if k != "rule"}
     incomplete = {k: v for k, v in good["rule"].items() if k != "steps"}
     fewer = build(start()[:1]).state_dict()
+    kind = type(rule).__name__
     for bad, message in [
-        (plain, r"must have the entry 'rule' of Perturbed.*got \['param_groups', 'state'\]"),
-        ({**good, "rule": {**good["rule"], "name": "NEON"}}, r"must come from Perturbed.*got one of NEON"),
-        ({**good, "rule": 3}, r"must come from Perturbed.*got one of 3"),
+        (plain, rf"must have the entry 'rule' of {kind}.*got \['param_groups', 'state'\]"),
+        ({**good, "rule": {**good["rule"], "name": "NEON"}}, f"must come from {kind}.*got one of NEON"),
+        ({**good, "rule": 3}, f"must come from {kind}.*got one of 3"),
         ({**good, "rule": incomplete}, "; steps missing"),
         (fewer, "doesn't match the size"),
     ]:

@@ -1,8 +1,9 @@
 """Estimators of the hypergradient: a field, a lower solver and a memory."""
 
-from torchbilevel.estimators.base import Estimator, Evaluation, LinearSolveWarning, Probe
+from torchbilevel.estimators.base import Estimator, Evaluation, LinearSolveWarning
 from torchbilevel.estimators.danskin import Danskin
 from torchbilevel.estimators.implicit import Implicit
+from torchbilevel.estimators.probe import Probe
 from torchbilevel.estimators.unrolled import Unrolled
 
 __all__ = ["Danskin", "Estimator", "Evaluation", "Implicit", "LinearSolveWarning", "Probe", "Unrolled"]

@@ -66,8 +66,8 @@ class Evaluation:
 class Estimator(ABC):
     """A hypergradient estimator: settings, a problem once bound to one, and its memory.
 
-    ``backward`` stands where ``loss.backward()`` stands. It moves y by the lower solver, *adds* the hypergradient to the
-    ``.grad`` of the upper parameters (zero for a parameter that no loss uses), and returns the upper loss, detached.
+    ``backward`` stands where ``loss.backward()`` stands. It moves y by the lower solver, *adds* the hypergradient to
+    the ``.grad`` of the upper parameters (zero where no loss uses one), and returns the upper loss, detached.
 
     Args:
         lower_solver: how y moves in every ``backward``; ``None`` leaves y where it is.
@@ -78,21 +78,35 @@ class Estimator(ABC):
 
     Attributes:
         counts: oracle calls so far.
-        last: how the last ``backward`` went (value, steps, residuals, iterations), ``None`` before the first. Its
-            tensors of the size of x or y are left out: they live on in ``.grad``, in the lower module and in the memory.
+        last: how the last ``backward`` went (value, steps, residuals, iterations), ``None`` before the first. Tensors
+            of the size of x or y are left out: they live on in ``.grad``, in the lower module and in the memory.
+        differentiates_steps: whether hyperparameters of the lower solver receive derivatives.
+
+    Raises:
+        TypeError: if ``lower_solver`` is no lower solver.
+        ValueError: if one of its hyperparameters is a function of the upper module, whose derivative would be lost in
+            silence. Only ``Unrolled`` has it.
     """
+
+    differentiates_steps = False
 
     def __init__(self, lower_solver: LowerSolver | None, *, warm_start: bool = True, seed: int = 0) -> None:
         if lower_solver is not None and not isinstance(lower_solver, LowerSolver):
             raise TypeError(
                 f"lower_solver must be a lower solver such as GD(lr=0.1, steps=10) or None, got "
-                f"{type(lower_solver).__name__}; wrap a torch optimizer as TorchOptim(torch.optim.SGD, steps=10, lr=0.1)"
+                f"{type(lower_solver).__name__}; wrap a torch optimizer as TorchOptim(torch.optim.SGD, steps=9, lr=0.1)"
+            )
+        if lower_solver is not None and lower_solver.learned and not self.differentiates_steps:
+            raise ValueError(
+                f"{', '.join(lower_solver.learned)} of the lower solver is a function of the upper module, but y*(x) "
+                f"does not depend on how it is reached, so {type(self).__name__} has no derivative for it; use Unrolled"
             )
         self.lower_solver, self.warm_start, self.seed = lower_solver, warm_start, seed
         self.memory = Memory()
         self.last: Evaluation | None = None
         self._problem: Problem | None = None
         self._samples: Samples | None = None
+        self._last_moves: list[int] | None = None
         self._reset: Tensors | None = None
 
     def __repr__(self) -> str:
@@ -183,9 +197,10 @@ class Estimator(ABC):
         problem.commit_buffers(x, evaluation.y, samples)
         problem.set_y(evaluation.y)
         self.memory = self.advance(evaluation)
-        lower = replace(evaluation.lower, y=(), state=None)
-        self.last = replace(evaluation, hypergradient=(), lower_gradient=None, y=(), lower=lower)
-        self._samples = samples
+        lower, solve = replace(evaluation.lower, y=(), state=None), evaluation.solve
+        solve = None if solve is None else replace(solve, z=())
+        self.last = Evaluation(evaluation.value, (), None, (), None, lower, solve)
+        self._samples, self._last_moves = samples, self.moves()
         for p, v in zip(problem.upper_parameters, evaluation.hypergradient, strict=True):
             if p.grad is None:
                 p.grad = v.clone()  # autograd may have given several parameters one tensor
@@ -198,7 +213,7 @@ class Estimator(ABC):
         return Probe(self)
 
     def refresh(self) -> None:
-        """Bring y up to date with the current x, by one run of the lower solver on the samples of the last ``backward``.
+        """Bring y up to date with x: one run of the lower solver on the samples of the last ``backward``.
 
         Raises:
             FloatingPointError: if y is not finite after it; nothing has changed then.
@@ -208,13 +223,18 @@ class Estimator(ABC):
         if not is_finite(result.y):
             raise FloatingPointError(self._diverged(result))
         self.problem.set_y(result.y)
+        self._last_moves = None
         if self.warm_start:
             self.memory = replace(self.memory, solver_state=result.state)
 
     @property
     def last_value(self) -> Tensor | None:
-        """The upper loss of the last ``backward``."""
-        return None if self.last is None else self.last.value
+        """The upper loss of the last ``backward``, ``None`` if x or y has moved since."""
+        return None if self.last is None or self._last_moves != self.moves() else self.last.value
+
+    def moves(self) -> list[int]:
+        """Counts of in-place changes of the upper parameters, which tell whether x has moved."""
+        return [p._version for p in self.problem.upper_parameters]
 
     @property
     def last_samples(self) -> Samples:

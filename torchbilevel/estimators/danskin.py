@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchbilevel.estimators.base import Estimator, Evaluation, Memory
+from torchbilevel.estimators.base import SILENT_ZERO, Estimator, Evaluation, Memory
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Samples
 from torchbilevel.tensors import Tensors, scale
@@ -19,7 +19,8 @@ class Danskin(Estimator):
         seed: of the random numbers inside the loss.
 
     Raises:
-        ValueError: on binding to a bilevel problem.
+        ValueError: on binding to a bilevel problem, or if a hyperparameter of the lower solver is a function of the
+            upper module.
 
     Cost: per ``backward`` the gradients of the lower solver and one more. The error is at most L |y - y*(x)|.
 
@@ -32,11 +33,27 @@ class Danskin(Estimator):
         """Bilevel problems need a linear solve or unrolling."""
         if not problem.minimax:
             raise ValueError(
-                "Danskin is for minimax problems; f_x alone is no gradient of a BilevelProblem: use Implicit or Unrolled"
+                "Danskin is for minimax problems; f_x alone is no gradient of a BilevelProblem: use Implicit or "
+                "Unrolled"
             )
 
     def evaluate(self, x: Tensors, y: Tensors, memory: Memory, samples: Samples) -> Evaluation:
-        """Move y, then take f_x."""
+        """Move y, then take f_x.
+
+        Args:
+            x: upper variables.
+            y: where the lower solver starts.
+            memory: as the last ``backward`` left it.
+            samples: where the loss is evaluated.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            ValueError: if the loss does not depend on x.
+        """
         lower = self.solve_lower(x, y, memory, samples.lower)
-        value, f_x, f_y, _ = self.oracle.upper_gradient(x, lower.y, samples.upper)
+        value, f_x, f_y, in_x = self.oracle.upper_gradient(x, lower.y, samples.upper)
+        if not in_x:
+            raise ValueError(SILENT_ZERO)
         return Evaluation(value, f_x, scale(-1.0, f_y), lower.y, None, lower)

@@ -62,8 +62,8 @@ class Implicit(Estimator):
 
     Raises:
         TypeError: if a solver is of the wrong kind.
-        ValueError: on binding to a minimax problem, or if a hyperparameter of the lower solver is a function of the upper
-            module (its derivative would be lost in silence: ``Unrolled`` has it).
+        ValueError: on binding to a minimax problem, or if a hyperparameter of the lower solver is a function of the
+            upper module.
 
     Cost: per ``backward`` the gradients of g of the lower solver and one more, one gradient of f, the Hessian-vector
     products of the solver, one Jacobian-vector product. Keeps a copy of z.
@@ -86,11 +86,6 @@ class Implicit(Estimator):
         if linear_solver is not None and not isinstance(linear_solver, LinearSolver):
             raise TypeError(
                 f"linear_solver must be a linear solver such as CG(max_iter=20), got {type(linear_solver).__name__}"
-            )
-        if lower_solver is not None and lower_solver.learned:
-            raise ValueError(
-                f"{', '.join(lower_solver.learned)} of the lower solver is a function of the upper module, but y*(x) does not depend on "
-                f"how it is reached, so Implicit has no derivative for it; use Unrolled"
             )
         self.linear_solver = CG() if linear_solver is None else linear_solver
         self.warm_start_adjoint = warm_start_adjoint

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from torchbilevel.curvature import HessianOperator
-from torchbilevel.tensors import Tensors, clone
+from torchbilevel.tensors import Tensors, clone, is_finite
 
 if TYPE_CHECKING:
     from torchbilevel.estimators.base import Estimator
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 class Probe:
     """The hypergradient as a function of the upper parameters' current values, on frozen samples.
 
-    On construction it takes a snapshot of y, of the memory and of the samples. A call *overwrites* ``.grad`` of the upper
-    parameters with the hypergradient there and returns the upper loss; nothing else changes, so calls at one x agree. Only
-    the first call, if x has not moved since, costs nothing: it leaves ``.grad`` as ``backward`` made it.
+    On construction it takes a snapshot of y, of the memory and of the samples. A call *overwrites* ``.grad`` of the
+    upper parameters with the hypergradient there and returns the upper loss; nothing else changes, so calls at one x
+    agree. Only the first call, if x has not moved since ``backward``, costs nothing: it leaves ``.grad`` as
+    ``backward`` made it.
 
     Args:
         estimator: whose last ``backward`` defines samples and memory.
@@ -29,42 +30,60 @@ class Probe:
 
     def __init__(self, estimator: Estimator) -> None:
         self._estimator, self._samples = estimator, estimator.last_samples
-        self._y, self._memory = clone(estimator.start()), estimator.memory
-        self._value: Tensor | None = estimator.last_value
-        self._versions = self._moves()
+        self._y, self._memory = clone(estimator.problem.y), estimator.memory
+        self._value, self._moves = estimator.last_value, estimator.moves()
         self._operator: HessianOperator | None = None
+        self._built_at: list[int] = []
 
     def __call__(self) -> Tensor:
         """Overwrite ``.grad`` with the hypergradient at the current x and return f there. Cost: one ``backward``."""
         value, self._value = self._value, None
-        if value is not None and self._moves() == self._versions:
-            return value
         estimator = self._estimator
-        evaluation = estimator.evaluate(estimator.problem.x, self._y, self._memory, self._samples)
+        if value is not None and estimator.moves() == self._moves:
+            return value
+        evaluation = estimator.evaluate(estimator.problem.x, self._start(), self._memory, self._samples)
         estimator.vet(evaluation)
         for p, v in zip(estimator.problem.upper_parameters, evaluation.hypergradient, strict=True):
             p.grad = v.clone()
         return evaluation.value
 
     def value(self) -> Tensor:
-        """f at the current x, after the lower solver has run from the snapshot. Cost: the lower solve and one value of f."""
+        """Return f at the current x, after the lower solver has run from the snapshot.
+
+        Returns:
+            f, detached, 0-d. Cost: the lower solve and one value of f.
+
+        Raises:
+            FloatingPointError: if it is not finite.
+        """
         estimator = self._estimator
         x = estimator.problem.x
-        result = estimator.solve_lower(x, self._y, self._memory, self._samples.lower)
-        return estimator.oracle.upper_value(x, result.y, self._samples.upper)
+        result = estimator.solve_lower(x, self._start(), self._memory, self._samples.lower)
+        value = estimator.oracle.upper_value(x, result.y, self._samples.upper)
+        if not is_finite((value,), result.y):
+            raise FloatingPointError(f"the upper loss is {value.item()} at a trial point; a smaller step may help")
+        return value
+
+    @property
+    def parameters(self) -> Tensors:
+        """The upper parameters, in the order of the tuples that ``hvp`` takes and gives."""
+        return self._estimator.problem.upper_parameters
 
     def hvp(self, s: Tensors) -> Tensors:
-        """hess Phi s at the current x, exact, for a tuple of the shapes of x.
+        """The exact product hess Phi s at the current x.
 
-        Cost: see ``HessianOperator``; its construction is spent again whenever x has moved.
+        Args:
+            s: of the shapes of x.
+
+        Returns:
+            A tuple of the shapes of x. Cost: see ``HessianOperator``, which is built again whenever x has moved.
         """
-        moves = self._moves()
+        moves = self._estimator.moves()
         if self._operator is None or moves != self._built_at:
             estimator = self._estimator
             self._operator = HessianOperator(estimator.problem, self._samples, oracle=estimator.oracle)
             self._built_at = moves
         return self._operator.product(s)
 
-    def _moves(self) -> list[int]:
-        """Counts of in-place changes of the upper parameters, which tell whether x has moved."""
-        return [p._version for p in self._estimator.problem.upper_parameters]
+    def _start(self) -> Tensors:
+        return self._y if self._estimator.warm_start else self._estimator.start()

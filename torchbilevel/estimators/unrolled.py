@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -11,18 +11,20 @@ from torch import Tensor
 
 from torchbilevel.derivatives import vjp
 from torchbilevel.estimators.base import SILENT_ZERO, Estimator, Evaluation, Memory
-from torchbilevel.lower import LowerResult, LowerSolver, Unrollable
+from torchbilevel.lower import LowerResult, LowerSolver, Unrollable, map_tensors
 from torchbilevel.samples import Samples
 from torchbilevel.tensors import Tensors, add, detach, leaves, zeros
+
+_Run = tuple[Tensor, Tensors, bool, Tensors, Any]  # f, the hypergradient, whether it reaches x, y and solver's state
 
 
 class Unrolled(Estimator):
     """Iterative differentiation (ITD): v = d/dx f(x, y_K(x)), the start of y constant unless ``lower_init`` gives it.
 
     With plain gradient steps, p_K = f_y and for k = K-1, ..., 0:   v -= lr g_xy(x, y_k) p_{k+1},
-    p_k = p_{k+1} - lr g_yy(x, y_k) p_{k+1}, starting from v = f_x; where ``problem.lower_init`` is set and y is not warm,
-    y_0 depends on x and p_0 is carried through it (MAML). Hyperparameters of the lower solver that are functions of the
-    upper module receive their derivatives as well.
+    p_k = p_{k+1} - lr g_yy(x, y_k) p_{k+1}, starting from v = f_x; where ``problem.lower_init`` is set, y is not warm
+    and nothing is truncated, y_0 depends on x and p_0 is carried through it (MAML). Hyperparameters of the lower solver
+    that are functions of the upper module receive their derivatives as well.
 
     Args:
         lower_solver: ``GD``, ``Adam`` or ``SignGD``, without ``tol``.
@@ -36,15 +38,17 @@ class Unrolled(Estimator):
         TypeError: if the lower solver cannot be unrolled; the message names what can.
         ValueError: if ``truncate`` is not between 1 and the solver's steps, or the solver has a ``tol``.
 
-    Cost: K gradients of g, one gradient of f; backwards K Hessian-vector and K Jacobian-vector products (``truncate`` in
-    place of K where it is set); with ``recompute`` another K gradients of g. Memory: K first-order graphs, or with
-    ``recompute`` K copies of y.
+    Cost: K gradients of g, one gradient of f; backwards K Hessian-vector and K Jacobian-vector products; with
+    ``recompute`` another K gradients of g. Memory: K first-order graphs, or with ``recompute`` K copies of y.
+    ``truncate`` stands in place of K for all but the K gradients.
 
     Reference: Maclaurin, Duvenaud and Adams, ICML 2015; Franceschi et al., ICML 2017; Shaban et al., AISTATS 2019
     (truncation); Ji, Yang and Liang, ICML 2021 (ITD-BiO).
 
     Differs from the paper: nothing.
     """
+
+    differentiates_steps = True
 
     def __init__(
         self,
@@ -56,9 +60,10 @@ class Unrolled(Estimator):
         seed: int = 0,
     ) -> None:
         if not isinstance(lower_solver, Unrollable):
+            name = lower_solver if isinstance(lower_solver, LowerSolver) else type(lower_solver).__name__
             raise TypeError(
-                f"{lower_solver if isinstance(lower_solver, LowerSolver) else type(lower_solver).__name__} cannot be unrolled; "
-                f"use GD (with momentum, for torch.optim.SGD), Adam (also AdamW) or SignGD, or keep it and use Implicit"
+                f"{name} cannot be unrolled; use GD (with momentum, for torch.optim.SGD), Adam (also AdamW) or SignGD, "
+                f"or keep it and use Implicit"
             )
         if lower_solver.tol is not None:
             raise ValueError(
@@ -71,62 +76,69 @@ class Unrolled(Estimator):
         self.truncate, self.recompute = truncate, recompute
 
     def evaluate(self, x: Tensors, y: Tensors, memory: Memory, samples: Samples) -> Evaluation:
-        """Unroll the lower solver from y and differentiate through it."""
-        problem, sample = self.problem, samples.lower
+        """Unroll the lower solver from y and differentiate through it.
+
+        Args:
+            x: upper variables.
+            y: where the lower solver starts.
+            memory: as the last ``backward`` left it.
+            samples: where both losses are evaluated.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            ValueError: if neither the losses nor the lower solver nor the start of y depend on x.
+        """
         xs, steps = leaves(x), self.lower_solver.steps
         kept = steps if self.truncate is None else self.truncate
         warm = self.warm_start and memory.calls > 0
         with torch.enable_grad():
-            solver = self.lower_solver.bind(lambda function: problem.call_upper(function, xs))
-            initial = problem.start(xs) if kept == steps and not warm else None
+            solver = self.lower_solver.bind(lambda function: self.problem.call_upper(function, xs))
+            initial = self.problem.start(xs) if kept == steps and not warm else None
         state = memory.solver_state if self.warm_start else None
-        y, g = detach(y), None
+        y = detach(y)
         with torch.no_grad():
             for _ in range(steps - kept):
-                g = self.oracle.lower_gradient(x, y, sample)[1]
-                y, state = solver.update(y, g, state)
-                y = problem.project_y(y)
+                y, state = solver.update(y, self.oracle.lower_gradient(x, y, samples.lower)[1], state)
+                y = self.problem.project_y(y)
         run = self._recompute if self.recompute else self._reverse
-        return run(solver, xs, y if initial is None else initial, state, kept, samples)
+        value, v, found, y, state = run(solver, xs, y if initial is None else initial, state, kept, samples)
+        if not found:
+            raise ValueError(SILENT_ZERO)
+        self.oracle.counts.add("hessian_product", samples.lower, kept)
+        self.oracle.counts.add("jacobian_product", samples.lower, kept)
+        return Evaluation(value, v, None, y, None, LowerResult(y, state, steps, None))
 
-    def _reverse(
-        self, solver: Unrollable, xs: Tensors, y: Tensors, state: Any, kept: int, samples: Samples
-    ) -> Evaluation:
+    def _reverse(self, solver: Unrollable, xs: Tensors, y: Tensors, state: Any, kept: int, samples: Samples) -> _Run:
         """Differentiate through one graph of all kept steps."""
-        g: Tensors = ()
         with torch.enable_grad():
             y = tuple(t if t.requires_grad else t.detach().requires_grad_() for t in y)
             for _ in range(kept):
-                g = self.oracle.lower_gradient_graph(xs, y, samples.lower)
-                y, state = solver.update(y, g, state)
+                y, state = solver.update(y, self.oracle.lower_gradient_graph(xs, y, samples.lower), state)
                 y = self.problem.project_y(y)
         value, f_x, f_y, in_f = self.oracle.upper_gradient(xs, y, samples.upper)
         through, reached = vjp(y, xs, f_y)
-        found = in_f or any(reached)
-        return self._finish(
-            value, add(f_x, through), found, detach(g), detach(y), _map(Tensor.detach, state), kept, samples
-        )
+        return value, add(f_x, through), in_f or any(reached), detach(y), map_tensors(Tensor.detach, state)
 
-    def _recompute(
-        self, solver: Unrollable, xs: Tensors, y: Tensors, state: Any, kept: int, samples: Samples
-    ) -> Evaluation:
+    def _recompute(self, solver: Unrollable, xs: Tensors, y: Tensors, state: Any, kept: int, samples: Samples) -> _Run:
         """Keep the trajectory, and rebuild each step when its turn comes to be differentiated."""
         initial = y
         learned = {name: vars(solver)[name] for name in self.lower_solver.learned}
-        rates = _map(_leaf, learned)
+        rates = map_tensors(_leaf, learned)
         solver = solver.with_values(rates)
-        y, trajectory, g = detach(y), [], ()
+        y, trajectory = detach(y), []
         with torch.no_grad():
             for _ in range(kept):
                 trajectory.append((y, state))
-                g = self.oracle.lower_gradient(xs, y, samples.lower)[1]
-                y, state = solver.update(y, g, state)
+                y, state = solver.update(y, self.oracle.lower_gradient(xs, y, samples.lower)[1], state)
                 y = self.problem.project_y(y)
         value, v, p, found = self.oracle.upper_gradient(xs, y, samples.upper)
         p_state, p_rates = zeros(_tensors(state)), zeros(_tensors(rates))
-        for y_k, state_k in reversed(trajectory):
+        while trajectory:
+            y_k, state_k = trajectory.pop()
             with torch.enable_grad():
-                ys, memory = leaves(y_k), _map(_leaf, state_k)
+                ys, memory = leaves(y_k), map_tensors(_leaf, state_k)
                 following, after = solver.update(ys, self.oracle.lower_gradient_graph(xs, ys, samples.lower), memory)
                 following = self.problem.project_y(following)
             groups = (xs, ys, _tensors(memory), _tensors(rates))
@@ -138,39 +150,11 @@ class Unrolled(Estimator):
         for outputs, cotangents in ((_tensors(learned), p_rates), (initial, p)):
             products, reached = vjp(outputs, xs, cotangents)
             v, found = add(v, products), found or any(reached)
-        return self._finish(value, v, found, g, y, state, kept, samples)
-
-    def _finish(
-        self,
-        value: Tensor,
-        v: Tensors,
-        found: bool,
-        g: Tensors,
-        y: Tensors,
-        state: Any,
-        kept: int,
-        samples: Samples,
-    ) -> Evaluation:
-        if not found:
-            raise ValueError(SILENT_ZERO)
-        self.oracle.counts.add("hessian_product", samples.lower, kept)
-        self.oracle.counts.add("jacobian_product", samples.lower, kept)
-        return Evaluation(value, v, g, y, None, LowerResult(y, state, self.lower_solver.steps, None))
+        return value, v, found, y, state
 
 
 def _leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_()
-
-
-def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply a function to every tensor of nested tuples, lists and dicts."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: _map(function, value) for key, value in tree.items()}
-    if isinstance(tree, tuple | list):
-        return tuple(_map(function, value) for value in tree)
-    return tree
 
 
 def _tensors(tree: Any) -> Tensors:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torchbilevel.estimators import Danskin, Implicit
 from torchbilevel.linear_solve import LinearSolver
 from torchbilevel.lower import LowerSolver
 from torchbilevel.method import Method
 from torchbilevel.methods.rules import perturbed_descent
 from torchbilevel.problem import Problem
+from torchbilevel.verify import Verify
 
 
 class PerturbedAID(Method):
@@ -28,6 +31,7 @@ class PerturbedAID(Method):
             lower solver that is below ``value_tol``, since f(x, y) is biased by the error of y.
         value_tol: f_thres, positive; required with ``value_test``.
         stop: end the run at the first test passed, at the point before the displacement.
+        verify: certify a point that passed its test, and leave it if it is a saddle; see ``Verify``.
         warm_start: whether y goes on from the last call.
         warm_start_adjoint: whether z goes on from the last call, where y does.
         seed: of the displacements, and of the random numbers inside the losses.
@@ -56,6 +60,7 @@ class PerturbedAID(Method):
         value_test: bool = False,
         value_tol: float | None = None,
         stop: bool = False,
+        verify: Verify | None = None,
         warm_start: bool = True,
         warm_start_adjoint: bool = True,
         seed: int = 0,
@@ -78,7 +83,7 @@ class PerturbedAID(Method):
             stop=stop,
             seed=seed,
         )
-        super().__init__(problem, estimator, rule)
+        super().__init__(problem, estimator, rule, verify=_with_tolerance(verify, grad_tol))
 
 
 class PerturbedGDmax(Method):
@@ -98,6 +103,7 @@ class PerturbedGDmax(Method):
         value_test: test at the end of every window whether f(x, y) has dropped by ``value_tol``; see ``PerturbedAID``.
         value_tol: f_thres, positive; required with ``value_test``.
         stop: end the run at the first test passed, at the point before the displacement.
+        verify: certify a point that passed its test, and leave it if it is a saddle; see ``Verify``.
         warm_start: whether y goes on from the last call.
         seed: of the displacements, and of the random numbers inside the loss.
 
@@ -124,6 +130,7 @@ class PerturbedGDmax(Method):
         value_test: bool = False,
         value_tol: float | None = None,
         stop: bool = False,
+        verify: Verify | None = None,
         warm_start: bool = True,
         seed: int = 0,
     ) -> None:
@@ -138,4 +145,10 @@ class PerturbedGDmax(Method):
             stop=stop,
             seed=seed,
         )
-        super().__init__(problem, Danskin(lower_solver, warm_start=warm_start, seed=seed), rule)
+        estimator = Danskin(lower_solver, warm_start=warm_start, seed=seed)
+        super().__init__(problem, estimator, rule, verify=_with_tolerance(verify, grad_tol))
+
+
+def _with_tolerance(verify: Verify | None, grad_tol: float) -> Verify | None:
+    """The rule tests 4/5 epsilon; the certificate is about epsilon."""
+    return verify if verify is None or verify.grad_tol is not None else replace(verify, grad_tol=grad_tol)

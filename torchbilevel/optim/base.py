@@ -100,6 +100,18 @@ class Rule(torch.optim.Optimizer):
             return Result(clone(self.parameters()), "running", self.steps)
         return replace(self.answer, x=clone(self.answer.x))
 
+    def confirm(self, value: float) -> None:
+        """Raise the claim of the answer to "verified": somebody has computed the smallest eigenvalue ``value`` there."""
+        if self.answer is None:
+            raise RuntimeError("there is no answer to confirm")
+        self.answer = replace(self.answer, claim="verified")
+        self._record("verified", value)
+
+    def withdraw(self, kind: str, value: float) -> None:
+        """Take back the answer, and with it the end of the run: somebody has found it wrong; ``kind`` goes on record."""
+        self.answer, self.done = None, False
+        self._record(kind, value)
+
     # What a subclass builds its step from.
 
     def _evaluate(self, closure: Closure | None) -> tuple[Loss, float | None]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from torchbilevel.optim.base import Closure, Loss, Result, Rule
-from torchbilevel.tensors import Tensors, accumulator, clone, scale
+from torchbilevel.tensors import Tensors, accumulator, clone, dot, norm, scale
 
 
 class CurvatureSearch(Rule):
@@ -61,6 +61,7 @@ class CurvatureSearch(Rule):
         self.step_length = positive("step_length", step_length)
         self.stop = bool(stop)
         self.next_search = 0
+        _check_lr(lr)
         super().__init__(params, {"lr": lr}, seed=seed)
 
     @torch.no_grad()
@@ -81,12 +82,12 @@ class CurvatureSearch(Rule):
         if closure is None:
             raise ValueError(f"{type(self).__name__} probes gradients: pass step() a closure, got None")
         loss, _ = self._evaluate(closure)
-        points, gradients, size = self._gradients()
+        points, _, size = self._gradients()
         if not points:
             return loss
         displacement = None
         if size <= self.grad_tol and self.steps >= self.next_search:
-            displacement = self._look_around(Trials(self, closure, points, gradients), size)
+            displacement = self._look_around(Trials(self, closure, points))
             if self.done:
                 return loss
         if displacement is not None:
@@ -100,7 +101,7 @@ class CurvatureSearch(Rule):
         self.steps += 1
         return loss
 
-    def _look_around(self, trials: Trials, size: float) -> Tensors | None:
+    def _look_around(self, trials: Trials) -> Tensors | None:
         """Search, restore what the search has touched, and record how it ended."""
         self.phase = "escape"
         try:
@@ -125,9 +126,8 @@ class CurvatureSearch(Rule):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with an ``lr`` of its own if it has one."""
-        lr = param_group.get("lr", self.defaults["lr"])
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"lr must be non-negative and finite, got {lr}")
+        if "lr" in param_group:
+            _check_lr(param_group["lr"])
         super().add_param_group(param_group)
 
 
@@ -137,22 +137,21 @@ class Trials:
     Args:
         rule: whose parameters move.
         closure: what it was given.
-        points: the parameters that may move.
-        descent: their gradients v.
+        points: the parameters that may move; their ``.grad`` is v.
 
     Attributes:
         closure: as given.
         points: as given.
-        descent: v, copied.
+        descent: v.
         evaluations: gradients, losses and products asked for so far.
     """
 
-    def __init__(self, rule: Rule, closure: Closure, points: Tensors, descent: Tensors) -> None:
+    def __init__(self, rule: Rule, closure: Closure, points: Tensors) -> None:
         self.closure, self.points, self.evaluations = closure, points, 0
-        self.descent = tuple(accumulator(v).clone() for v in descent)
         self._rule = rule
         self._x = clone(points)
-        self._grads = [(p, None if p.grad is None else p.grad.clone()) for p in rule.parameters()]
+        self._grads = {p: p.grad.clone() for p in rule.parameters() if p.grad is not None}
+        self.descent = tuple(accumulator(self._grads[p]) for p in points)
 
     def gradient(self, w: Tensors | None = None) -> tuple[Tensors, float | None]:
         """A copy of the gradient at x + w (at x without w), and the loss there."""
@@ -174,10 +173,17 @@ class Trials:
 
     def offset(self) -> Tensors:
         """The displacement that rounding has let through at the last evaluation; exact where w is small."""
-        w = tuple(accumulator(p.detach()) - accumulator(x) for p, x in zip(self.points, self._x, strict=True))
-        if not any(bool(t.any()) for t in w):
-            raise ValueError("radius must be larger: a trial point is rounded to the current one")
-        return w
+        return tuple(accumulator(p.detach()) - accumulator(x) for p, x in zip(self.points, self._x, strict=True))
+
+    def require_move(self) -> None:
+        """Raise if the first trial point was rounded to x: the search would see nothing."""
+        if not any(bool(t.any()) for t in self.offset()):
+            raise ValueError("radius must be larger: a displacement of x by it is lost in rounding")
+
+    def quotient(self, change: Tensors) -> float:
+        """<w, change> / |w|^2 for the offset w of the last evaluation: with change = h(x + w) - h(x) a curvature."""
+        w = self.offset()
+        return float(dot(w, change) / dot(w, w))
 
     def draw(self, radius: float, number: int = 0) -> Tensors:
         """A uniform draw from the ball over all points together."""
@@ -186,11 +192,12 @@ class Trials:
     def restore(self) -> None:
         """Put the parameters and ``.grad`` back, bitwise."""
         self._place(None)
-        for p, g in self._grads:
-            if g is None or p.grad is None:
-                p.grad = g
+        for p in self._rule.parameters():
+            gradient = self._grads.get(p)
+            if gradient is None or p.grad is None:
+                p.grad = gradient
             else:
-                p.grad.copy_(g)
+                p.grad.copy_(gradient)
 
     def _place(self, w: Tensors | None) -> None:
         if w is None:
@@ -201,9 +208,10 @@ class Trials:
                 p.copy_(x + s)
 
 
-def along(w: Tensors, v: Tensors, size: float, product: float, step_length: float) -> Tensors:
-    """The multiple of w of the given length, to the side of descent; w's own side, a random one, if <v, w> = 0."""
-    return scale(math.copysign(step_length, -product if product else 1.0) / size, w)
+def along(w: Tensors, v: Tensors, length: float) -> Tensors:
+    """The multiple of w of the given length to the side of descent, -sign <v, w> w; w's own side where that is 0."""
+    side = -1.0 if float(dot(v, w)) > 0 else 1.0
+    return scale(side * length / float(norm(w)), w)
 
 
 def required(value: float | None) -> float:
@@ -225,3 +233,8 @@ def count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value
+
+
+def _check_lr(lr: float | Tensor) -> None:
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr must be non-negative and finite, got {lr}")
