@@ -1,8 +1,9 @@
-"""What the examples share: the command line, numbers with their spread, and the look of the figures."""
+"""What the examples share: the command line, numbers with their spread, and everything about figures."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,29 +11,57 @@ from typing import Any
 
 import torch
 
-BLUE, ORANGE, GREEN, GREY = "#3b6fb6", "#e07b39", "#3a9a5b", "#8a8f98"
+BLUE, ORANGE, GREEN, RED, GREY = "#2f6db5", "#e07b39", "#2e8b57", "#c23b3b", "#8a8f98"
 
 
 def arguments(description: str, seeds: int) -> argparse.ArgumentParser:
     """The options that every example has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help="run seeds 0 to N - 1")
+    parser.add_argument("--seeds", type=_positive, default=seeds, metavar="N", help="run seeds 0 to N - 1")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
-    parser.add_argument("--output", type=Path, default=Path("results"), metavar="DIR", help="folder of figure and table")
-    parser.add_argument("--smoke", action="store_true", help="one seed, a few seconds: does it run?")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results"), metavar="DIR", help="folder of figure and table"
+    )
+    parser.add_argument("--smoke", action="store_true", help="one short run, a few seconds: does it work here?")
     # Tensors as small as these cost more to share between threads than to work on.
     torch.set_num_threads(1)
     return parser
 
 
-def mean_and_sd(values: Sequence[float], form: str = ".3f") -> tuple[str, str]:
-    """Mean and sample standard deviation, as text; a single value has no spread."""
-    sd = f"{statistics.stdev(values):{form}}" if len(values) > 1 else "-"
-    return f"{statistics.fmean(values):{form}}", sd
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
+    return int(text)
 
 
-def axes(rows: list[list[str]], size: tuple[float, float], **grid: Any) -> tuple[Any, dict[str, Any]]:
-    """A figure and its axes by name, laid out as in ``plt.subplot_mosaic``."""
+def seeds_named(n: int) -> str:
+    """The seeds 0 to n - 1 in words."""
+    return "seed 0" if n == 1 else f"seeds 0-{n - 1}"
+
+
+def median_and_range(values: Sequence[float], form: str = ".0f") -> tuple[str, str]:
+    """Median and smallest-largest, as text; infinity stands for "never" and is shown as ``-``, and ``+`` in a range."""
+    low, high = min(values, default=math.inf), max(values, default=math.inf)
+    middle = statistics.median(values) if math.isfinite(high) else statistics.median_low(values)
+    if math.isinf(low):
+        return "-", ""
+    spread = f"{low:{form}}+" if math.isinf(high) else f"{low:{form}}-{high:{form}}"
+    return "-" if math.isinf(middle) else f"{middle:{form}}", spread if len(values) > 1 else ""
+
+
+def with_range(values: Sequence[float], form: str = ".0f") -> str:
+    """Median, and the range in parentheses where there is one."""
+    middle, spread = median_and_range(values, form)
+    return f"{middle} ({spread})" if spread else middle
+
+
+def mean_and_deviation(values: Sequence[float], form: str = ".1f") -> tuple[str, str]:
+    """Mean and sample standard deviation, as text; one value has no deviation."""
+    return f"{statistics.fmean(values):{form}}", f"{statistics.stdev(values):{form}}" if len(values) > 1 else "-"
+
+
+def panels(rows: list[list[str]], size: tuple[float, float], **grid: Any) -> tuple[Any, dict[str, Any]]:
+    """A figure and its axes by name, as ``plt.subplot_mosaic`` has them."""
     try:
         import matplotlib
     except ImportError as error:
@@ -41,7 +70,7 @@ def axes(rows: list[list[str]], size: tuple[float, float], **grid: Any) -> tuple
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    plt.rcParams.update({"axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False})
+    plt.rcParams.update({"axes.titlesize": 10.5, "axes.titlelocation": "left", "legend.frameon": False})
     return plt.subplot_mosaic(rows, figsize=size, layout="constrained", gridspec_kw=grid)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.problems import FACTORIES, flat, generator, unflat
@@ -78,26 +79,14 @@ def test_batches_equal_the_joined_batch(split: str) -> None:
 
 
 def test_a_loss_without_second_derivative_is_explained() -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, y: Tensor) -> Tensor:
-            ctx.save_for_backward(y)
-            return y.square().sum()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return 2 * grad * ctx.saved_tensors[0]
-
-    upper, lower = nn.Linear(2, 1, dtype=torch.float64), nn.Linear(2, 1, dtype=torch.float64)
+    upper, lower = nn.Linear(2, 1, dtype=torch.float64), nn.Linear(3, 1, dtype=torch.float64)
     problem = BilevelProblem(
         upper,
         lower,
-        upper_loss=lambda upper, lower, batch: Once.apply(lower.weight) + upper.weight.sum() ** 2,
-        lower_loss=lambda upper, lower, batch: (lower.weight - upper.weight).square().sum() + lower.bias.square().sum(),
+        upper_loss=lambda upper, lower, batch: F.pdist(lower.weight.T).sum() + upper.weight.sum() ** 2,
+        lower_loss=lambda upper, lower, batch: sum((p - upper.bias).square().sum() for p in lower.parameters()),
     )
-    lagrangian = Lagrangian(
-        Oracle(problem), problem.x, problem.y, problem.y, Samples(Sample(None, 0), Sample(None, 0))
-    )
-    with pytest.raises(RuntimeError, match="twice"):
+    samples = Samples(Sample(None, 0), Sample(None, 0))
+    lagrangian = Lagrangian(Oracle(problem), problem.x, problem.y, problem.y, samples)
+    with pytest.raises(RuntimeError, match="not twice differentiable"):
         lagrangian.product(problem.x, problem.y)

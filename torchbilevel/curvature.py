@@ -50,8 +50,8 @@ class HessianOperator:
 
     Raises:
         ValueError: if the active face is not well defined (bounds that are active with a multiplier of zero, where Phi
-            has no second derivative; the message says how many), or g_yy is not positive definite; not only on
-            construction: a later product may find that out.
+            has no second derivative; the message says how many), y*(x) is not found, or g_yy is not positive definite
+            (which a later product may find out).
 
     Cost: construction takes a few Newton steps for y, two linear solves, and a gradient of L with its graph; then per
     product two linear solves with g_yy (minimax: one) and three (minimax: two) reverse sweeps.
@@ -107,6 +107,12 @@ class HessianOperator:
         # One more Newton step on s = (y, z) would change the gradient by -L_xs L_ss^-1 (L_y, L_z), to first order.
         step, result = self.response.newton_step(self._solver)
         self._note(result)
+        reach = float(norm(step))
+        if self.response.residual > self.tol and not reach <= eps**0.5 * (1 + float(norm(y))):
+            self._object(
+                f"y*(x) was not found: |g_y| = {self.response.residual:.1e} after {self.response.iterations} steps, "
+                f"and the next would be {reach:.1e} long; bring y closer to it"
+            )
         self.gradient_error = float(norm(self._respond(zeros(self.x), step, residual=True)))
 
     @property

@@ -138,7 +138,7 @@ def scalar(value: Any, name: str) -> Tensor:
             else f"a {type(value).__name__}"
         )
         raise ValueError(f"{name} must return a real scalar tensor, got {got}; reduce it with .mean() or .sum()")
-    return value.reshape(())
+    return value if value.dim() == 0 else value.reshape(())
 
 
 def average(terms: Iterable[tuple[float, Tensors]]) -> Tensors:
@@ -333,7 +333,7 @@ class LowerLinearization:
 
         def product(g: Tensors) -> Tensors:
             nonlocal anywhere
-            in_inputs, found = vjp(part(g), inputs, s, keep and self._sample.whole)
+            in_inputs, found = vjp(part(g), inputs, s, keep)
             anywhere = anywhere or any(found)
             return in_inputs
 
@@ -350,7 +350,6 @@ _REMEDIES = {
     "_cudnn_rnn": "run the recurrent network with torch.backends.cudnn.flags(enabled=False) inside the loss",
     "is not implemented": "replace that operation by one that has a second derivative",
     "does not support double backward": "replace that operation by one that has a second derivative",
-    "once_differentiable": "give that function a backward that autograd can differentiate",
 }
 
 
@@ -358,6 +357,6 @@ def explain(error: Exception) -> Exception:
     """Add the remedy to an error that says a loss is not twice differentiable; return other errors as they are."""
     text = str(error)
     for symptom, remedy in _REMEDIES.items():
-        if symptom in text and any(word in text for word in ("derivative", "backward", "differentiate")):
+        if symptom in text and ("derivative" in text or "backward" in text):
             return RuntimeError(f"lower_loss is not twice differentiable ({text.splitlines()[0]}); {remedy}")
     return error

@@ -100,7 +100,7 @@ class Method(torch.optim.Optimizer):
         self._require_values()
         if problem.constrains_x and getattr(rule, "needs_probe", False):
             raise ValueError(
-                f"{type(rule).__name__} searches for negative curvature, which needs a free x: use a Perturbed rule, or "
+                f"{type(rule).__name__} searches for negative curvature, which needs a free x: use a Perturbed rule or "
                 "leave out upper_projection"
             )
         if verify is not None:

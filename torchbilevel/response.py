@@ -131,8 +131,8 @@ class Response:
     def newton_step(self, solver: CG) -> tuple[Tensors, SolveResult]:
         """The step d that would bring R to zero to first order.
 
-        With J the derivative of P, (I - J) d = -(I - J) R, and d = J q - (I - J) R for the rest, with
-        [(J - J^2) + J g_yy J] q = J (g_yy (I - J) R - R).
+        With J the derivative of P, (I - J + J g_yy) d = -R. Put w = (I - J) R and d = J q - w; what is left lies in the
+        range of J:   [(J - J^2) + J g_yy J] q = J (g_yy w - R - w).
 
         Args:
             solver: for q.
@@ -144,7 +144,8 @@ class Response:
             result = self.solve(self.defect, solver)
             return scale(-1.0, result.z), result
         across = sub(self.defect, self.face.project(self.defect))
-        result = self.solve(sub(self.linearization.hessian_product(across), self.defect), solver)
+        beyond = add(self.defect, across)
+        result = self.solve(sub(self.linearization.hessian_product(across), beyond), solver)
         return sub(result.z, across), result
 
     def smallest_eigenvalue(

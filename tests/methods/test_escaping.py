@@ -241,11 +241,13 @@ def test_the_escape_test_tells_the_saddle_from_the_minimum() -> None:
 
 def test_a_result_is_a_copy() -> None:
     method, q = escape(stop=False)
-    step(method, batch=q.batch)
-    for t in (*method.result().x, *method.result().y):
-        t.fill_(7.0)
-    assert method.result().claim == "stationary" and not any((t == 7.0).any() for t in method.result().x)
-    assert not any((t == 7.0).any() for t in (*method.result().y, *method.problem.x, *method.problem.y))
+    for claim in ("running", "stationary"):
+        for t in (*method.result().x, *method.result().y):
+            t.fill_(7.0)
+        result, problem = method.result(), method.problem
+        assert result.claim == claim
+        assert not any((t == 7.0).any() for t in (*result.x, *result.y, *problem.x, *problem.y))
+        step(method, batch=q.batch)
 
 
 def test_stop_ends_the_run_at_the_point_of_the_claim() -> None:
@@ -268,6 +270,27 @@ def test_stop_ends_the_run_at_the_point_of_the_claim() -> None:
     resumed.problem.upper.load_state_dict(problem.upper.state_dict())
     resumed.load_state_dict(method.state_dict())
     assert resumed.done and torch.equal(flat(resumed.result().y), flat(result.y))
+
+
+def test_stop_does_not_project_the_answer_again() -> None:
+    """A projection that rounds would move it."""
+    q = quadratic_minimax()
+    problem = MinimaxProblem(*q.modules(), loss=q.loss, upper_projection=lambda t: t * (1 - 1e-9))
+    method = PerturbedGDmax(
+        problem,
+        0.1,
+        radius=0.01,
+        grad_tol=1e3,
+        lower_solver=GD(lr=1.0, steps=5, tol=1e-3),
+        escape_steps=2,
+        value_test=True,
+        value_tol=1e3,
+        stop=True,
+    )
+    for _ in range(3):
+        step(method, batch=q.batch)
+    assert method.done and torch.equal(flat(problem.x), flat(method.result().x))
+    assert torch.equal(flat(problem.x), q.x0)
 
 
 def test_the_escape_test_on_a_bilevel_problem() -> None:
@@ -394,16 +417,19 @@ def test_a_box_that_never_binds_changes_nothing() -> None:
     assert [e.step for e in method.events] == [e.step for e in free.events]
 
 
-def test_a_box_with_lr_per_group_and_a_group_at_rest() -> None:
-    problem, data, _ = boxed(-0.5, 0.5)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("point", [-0.3, 0.3])
+def test_a_box_with_lr_per_group_and_a_group_at_rest(point: float, maximize: bool) -> None:
+    problem, data, q = boxed(-0.5, 0.5)
+    assign(problem.upper, torch.full_like(q.x0, point))
     first, second = problem.upper_parameters
     groups = [{"params": [first], "lr": 0.5}, {"params": [second], "lr": 0.0}]
-    rule = optim.PerturbedGD(groups, 0.1, radius=0.1, grad_tol=0.0)
+    rule = optim.PerturbedGD(groups, 0.1, radius=0.1, grad_tol=0.0, maximize=maximize)
     method = Method(problem, Implicit(GD(lr=0.9, steps=30)), rule)
     start = [p.detach().clone() for p in (first, second)]
     step(method, **data)
     assert first.grad is not None and first.detach().abs().max() == 0.5
-    torch.testing.assert_close(first.detach(), (start[0] - 0.5 * first.grad).clamp(-0.5, 0.5))
+    torch.testing.assert_close(first.detach(), (start[0] - (-0.5 if maximize else 0.5) * first.grad).clamp(-0.5, 0.5))
     assert torch.equal(second.detach(), start[1])
 
 

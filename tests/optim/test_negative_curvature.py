@@ -177,19 +177,19 @@ def descend(method: tb.Method, steps: int) -> None:
 
 
 def octopus_method(make: Callable[[Any], Any]) -> tb.Method:
-    problem = octopus.bilevel(3, 1.0, kappa=4.0, start=octopus.saddle(1, 3))
-    estimator = tb.Implicit(tb.GD(lr=1.0, steps=200, tol=1e-10), tb.CG(max_iter=3, tol=1e-12))
+    problem = octopus.bilevel(3, 1.0, kappa=2.0, start=octopus.saddle(2, 3))
+    estimator = tb.Implicit(tb.GD(lr=1.0, steps=60, tol=1e-10), tb.CG(max_iter=3, tol=1e-12))
     return tb.Method(problem, estimator, make(problem.upper_parameters))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_bilevel_octopus_from_its_saddle_by_exact_products(seed: int) -> None:
     options = {"grad_tol": 1e-3, "curvature_tol": 1.0, "step_length": 1.0, "stop": True}
     method = octopus_method(lambda x: NegativeCurvature(x, 0.25, **options, seed=seed))
     method.backward()
     method.step()
-    moved = method.problem.x[0] - octopus.saddle(1, 3)
-    torch.testing.assert_close(moved.abs(), torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64), rtol=0, atol=1e-8)
+    moved = method.problem.x[0] - octopus.saddle(2, 3)
+    torch.testing.assert_close(moved.abs(), torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64), rtol=0, atol=1e-8)
     assert method.events[0].value == pytest.approx(-2.0, abs=1e-8)  # -2 gamma
     assert method.estimator.counts.lagrangian_products > 0
     descend(method, 150)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 from collections.abc import Callable
@@ -108,19 +109,19 @@ def test_leaves_the_strict_saddle_and_ends_at_a_minimum(build: Build) -> None:
 
 
 @every_rule
-@pytest.mark.parametrize("seed", range(20))
-def test_at_a_minimum_the_search_rejects_and_stop_ends_the_run_where_it_is(build: Build, seed: int) -> None:
-    params = start()
-    with torch.no_grad():
-        params[0].add_(torch.tensor([1e-3, -2e-3, 1e-3]))
-        params[1].add_(math.sqrt(2) - 1e-4)
-    here = values(params)
-    rule = build(params, stop=True, seed=seed)
-    rule.step(closure_of(rule, params))
-    assert rule.done and equal(values(params), here) and rule.steps == 0
-    assert [(e.step, e.kind) for e in rule.events] == [(0, "escape test passed")]
-    result = rule.result()
-    assert (result.claim, result.step) == ("escape test passed", 0) and equal(list(result.x), here)
+def test_at_a_minimum_the_search_rejects_and_stop_ends_the_run_where_it_is(build: Build) -> None:
+    for seed in range(20):
+        params = start()
+        with torch.no_grad():
+            params[0].add_(torch.tensor([1e-3, -2e-3, 1e-3]))
+            params[1].add_(math.sqrt(2) - 1e-4)
+        here = values(params)
+        rule = build(params, stop=True, seed=seed)
+        rule.step(closure_of(rule, params))
+        assert rule.done and equal(values(params), here) and rule.steps == 0
+        assert [(e.step, e.kind) for e in rule.events] == [(0, "escape test passed")]
+        result = rule.result()
+        assert (result.claim, result.step) == ("escape test passed", 0) and equal(list(result.x), here)
     with pytest.raises(RuntimeError, match="has stopped with the claim 'escape test passed'"):
         rule.step(lambda: 0.0)
 
@@ -134,14 +135,14 @@ def test_is_gradient_descent_bitwise_between_searches(build: Build) -> None:
     groups = [[{"params": p[:1], "lr": 0.05}, {"params": p[1:]}] for p in (mine, theirs)]
     rule, plain = build(groups[0], 0.1), torch.optim.SGD(groups[1], 0.1)
     closure = closure_of(rule, mine)
-    for _ in range(300):
+    for _ in range(150):
         rule.step(closure)
         plain.zero_grad()
         loss_of(theirs).backward()
         plain.step()
         # Steps with a test passed are gradient steps too; those along negative curvature do not occur here.
         assert equal(values(mine), values(theirs))
-    assert {e.kind for e in rule.events} == {"escape test passed"} and len(rule.events) >= 2 and rule.steps == 300
+    assert {e.kind for e in rule.events} == {"escape test passed"} and len(rule.events) >= 2 and rule.steps == 150
 
 
 @every_rule
@@ -183,12 +184,13 @@ def test_closure_that_zeroes_gradients_in_place_gives_the_same_run(build: Build)
 
 @pytest.mark.parametrize("name", ["NEON", "NEON+", "NEON2"])
 def test_step_goes_to_the_side_of_descent(name: str) -> None:
-    """With a gradient of either sign along the direction found, far below what the search would notice."""
+    """By the first gradient, which under a method is that of ``backward`` and not that of a probe."""
     for seed in range(5):
         for tilt in (1e-6, -1e-6):
             params = start()
             rule = RULES[name](params, seed=seed)
-            rule.step(closure_of(rule, params, lambda p, tilt=tilt: loss_of(p) + tilt * p[1]))
+            slopes = iter([tilt])
+            rule.step(closure_of(rule, params, lambda p, slopes=slopes: loss_of(p) + next(slopes, 0.0) * p[1]))
             moved = torch.cat([params[0].detach(), params[1].detach().reshape(1)])
             assert float(moved.norm()) == pytest.approx(0.5) and float(moved[-1]) * tilt < 0
 
@@ -227,7 +229,7 @@ def test_later_negative_curvature_withdraws_the_claim(build: Build) -> None:
     params = start()
     rule = build(params)
     bowl = closure_of(rule, params, lambda p: (p[0] ** 2).sum() + p[1] ** 2)
-    while rule.steps < 200:
+    while rule.steps < 100:
         rule.step(bowl)
     assert rule.result().claim == "escape test passed"
     rule.next_search = 0
@@ -248,6 +250,16 @@ def test_group_with_lr_zero_rests(build: Build) -> None:
 
 
 @every_rule
+def test_parameter_without_gradient_rests(build: Build) -> None:
+    params, unused = start(), torch.ones(2, requires_grad=True)
+    rule = build([unused, *params])
+    closure = closure_of(rule, params)
+    for _ in range(5):
+        rule.step(closure)
+    assert unused.tolist() == [1.0, 1.0] and unused.grad is None and float(params[1].detach()) != 0
+
+
+@every_rule
 def test_global_random_state_is_left_alone_and_the_seed_decides(build: Build) -> None:
     paths = []
     for global_seed, seed in [(0, 3), (1, 3), (0, 5)]:
@@ -265,22 +277,29 @@ def test_global_random_state_is_left_alone_and_the_seed_decides(build: Build) ->
 
 
 @every_rule
-@pytest.mark.parametrize("cut", [1, 15, 60])
+@pytest.mark.parametrize("cut", [1, 45])
 def test_resumed_run_is_the_uninterrupted_one_bitwise(build: Build, cut: int) -> None:
     params = start()
     rule = build(params)
     walk(rule, params, cut)
     file = io.BytesIO()
     torch.save((values(params), rule.state_dict()), file)
-    rest = walk(rule, params, 80)
+    rest = walk(rule, params, 60)
     file.seek(0)
     saved, state = torch.load(file, weights_only=True)
     again = [p.requires_grad_() for p in saved]
     # Settings come with the checkpoint, so those of the constructor do not matter.
     other = build(again, lr=0.9, seed=9, grad_tol=0.0, step_length=9.0, stop=True)
     other.load_state_dict(state)
-    assert equal(walk(other, again, 80), rest) and story(other) == story(rule)
+    assert equal(walk(other, again, 60), rest) and story(other) == story(rule)
     assert len(rule.events) >= 2
+
+
+@every_rule
+def test_every_setting_is_in_the_checkpoint(build: Build) -> None:
+    rule = build(start())
+    settings = set(inspect.signature(type(rule)).parameters) - {"params", "lr"}
+    assert {"step_along" if name == "step" else name for name in settings} <= rule.state_dict()["rule"].keys()
 
 
 @every_rule
@@ -305,7 +324,7 @@ def test_closure_is_required(build: Build) -> None:
 
 
 @every_rule
-@pytest.mark.parametrize("call", [2, 3, 6])
+@pytest.mark.parametrize("call", [2, 5])
 @pytest.mark.parametrize("fault", ["loss", "gradient", "raises", "missing"])
 def test_fault_within_a_search_leaves_everything_as_it_was(build: Build, call: int, fault: str) -> None:
     params = start()
