@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+def live_tensors() -> int:
+    """Number of tensor objects."""
+    return sum(issubclass(type(entry), Tensor) for entry in gc.get_objects())
 
 
 class Saved:

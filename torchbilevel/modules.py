@@ -1,17 +1,22 @@
-"""Two modules as one function of their tensors: the only caller of ``functional_call``."""
+"""Two modules as one function of their tensors: the only place where tensors are exchanged in modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from torchbilevel.samples import replay
 from torchbilevel.tensors import Tensors
+
+# A place is an entry of one module's own table: the module's name, and the name in the table. A module registered under
+# two names is still one place, and exchanging its tensor twice would leave the first replacement behind; a tied weight
+# has two places.
+Place = tuple[str, str]
+Buffers = dict[Place, Tensor]
 
 
 class ModulePair(nn.Module):
@@ -63,7 +68,7 @@ class ModulePair(nn.Module):
         x: Tensors,
         y: Tensors,
         seed: int,
-        tensors: dict[str, Tensor] | None = None,
+        buffers: Buffers | None = None,
     ) -> Any:
         """``function(upper, lower, *arguments)`` with x and y in place of the parameters; the modules stay as they are.
 
@@ -73,56 +78,73 @@ class ModulePair(nn.Module):
             x: in place of the trainable parameters of ``upper``.
             y: in place of the trainable parameters of ``lower``.
             seed: of the random numbers drawn inside; the global random state is put back.
-            tensors: what ``clone_buffers`` returned, to be updated by the call; a new copy by default.
+            buffers: what ``clone_buffers`` returned, to be updated by the call; a new copy by default.
 
         Returns:
             What the function returned, with its graph.
         """
-        if tensors is None:
-            tensors = self.clone_buffers()
-        for places, values in ((self._x_places, x), (self._y_places, y)):
-            for names, value in zip(places, values, strict=True):
-                tensors.update(dict.fromkeys(names, value))
-        with replay(seed):
-            return functional_call(self, tensors, (function, *arguments), tie_weights=False)
-
-    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """``function(upper, lower, *arguments)``; see ``call``."""
+        # One walk over the modules finds everything. torch.func.functional_call would do what follows as well, at
+        # several times the price, which small problems pay many times per step.
+        modules = dict(self.named_modules())
+        if buffers is None:
+            buffers = _clone_buffers(modules)
         # Pruning, and weight and spectral normalisation by hooks, leave the weight they computed, graph and all, in a
         # plain attribute.
-        hooked = [m for m in self.modules() if m._forward_pre_hooks]
+        hooked = [m for m in modules.values() if m._forward_pre_hooks]
         kept = [{name: t for name, t in vars(m).items() if isinstance(t, Tensor)} for m in hooked]
+        before: list[tuple[dict[str, Any], str, Any]] = []
+
+        def exchange(table: dict[str, Any], name: str, value: Tensor) -> None:
+            before.append((table, name, table[name]))
+            table[name] = value
+
         try:
-            return function(self.upper, self.lower, *arguments)
+            with replay(seed):
+                for places, values in ((self._x_places, x), (self._y_places, y)):
+                    for place, value in zip(places, values, strict=True):
+                        for prefix, name in place:
+                            exchange(modules[prefix]._parameters, name, value)
+                for (prefix, name), value in buffers.items():
+                    exchange(modules[prefix]._buffers, name, value)
+                result = function(self.upper, self.lower, *arguments)
+                buffers.update({(prefix, name): modules[prefix]._buffers[name] for prefix, name in buffers})
+                return result
         finally:
+            for table, name, value in reversed(before):
+                table[name] = value
             for module, attributes in zip(hooked, kept, strict=True):
                 vars(module).update(attributes)
 
-    def clone_buffers(self) -> dict[str, Tensor]:
+    def clone_buffers(self) -> Buffers:
         """Copies of all buffers by place; places that share a buffer share its copy."""
-        copies: dict[int, Tensor] = {}
-        return {name: copies.setdefault(id(b), b.detach().clone()) for name, b in self._buffer_places()}
+        return _clone_buffers(dict(self.named_modules()))
 
     @torch.no_grad()
-    def load_buffers(self, tensors: dict[str, Tensor]) -> None:
-        """Copy tensors by place into the live buffers."""
-        for name, b in self._buffer_places():
-            b.copy_(tensors[name])
+    def load_buffers(self, buffers: Buffers) -> None:
+        """Copy buffers by place into the live ones."""
+        for place, b in _live_buffers(dict(self.named_modules())):
+            b.copy_(buffers[place])
 
-    # A place is an entry of one module's own table. A module registered under two names is still one place, and
-    # exchanging its tensor twice would leave the first replacement behind; a tied weight has two places.
-
-    def _places(self) -> dict[int, list[str]]:
-        """The names of the places of each parameter, by its id."""
-        places: dict[int, list[str]] = {}
+    def _places(self) -> dict[int, list[Place]]:
+        """The places of each parameter, by its id."""
+        places: dict[int, list[Place]] = {}
         for prefix, module in self.named_modules():
-            for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-                places.setdefault(id(p), []).append(name)
+            for name, p in module._parameters.items():
+                if p is not None:
+                    places.setdefault(id(p), []).append((prefix, name))
         return places
 
-    def _buffer_places(self) -> Iterator[tuple[str, Tensor]]:
-        for prefix, module in self.named_modules():
-            yield from module.named_buffers(prefix, recurse=False, remove_duplicate=False)
+
+def _live_buffers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[Place, Tensor]]:
+    for prefix, module in modules.items():
+        for name, b in module._buffers.items():
+            if b is not None:
+                yield (prefix, name), b
+
+
+def _clone_buffers(modules: Mapping[str, nn.Module]) -> Buffers:
+    copies: dict[int, Tensor] = {}
+    return {place: copies.setdefault(id(b), b.detach().clone()) for place, b in _live_buffers(modules)}
 
 
 def _require_real(side: str, parameters: dict[str, nn.Parameter]) -> None:
