@@ -59,11 +59,13 @@ class Case:
     g: Callable[[list[Tensor], list[Tensor]], Tensor]
     f: Callable[[list[Tensor], list[Tensor]], Tensor]
     lr: float
+    data: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         self.problem = BilevelProblem(*self.modules, self.upper_loss, self.lower_loss)
         self.start = tuple(t.clone() for t in self.problem.y)
-        self.resident = sum(t.nbytes for t in (*self.problem.x, *self.problem.y, *self.lower, *self.upper))
+        held = (*self.problem.x, *self.problem.y, *self.lower, *self.upper, *self.data)
+        self.resident = sum(t.nbytes for t in held)
 
     def point(self) -> tuple[list[Tensor], list[Tensor]]:
         """Fresh leaves at the current x and y."""
@@ -108,18 +110,20 @@ def logistic(name: str, n: int, features: int, device: str, classes: int = 10) -
     return Case(name, (upper, lower), upper_loss, lower_loss, train, val, g, f, 0.1)
 
 
-def mlp(name: str, n: int, widths: tuple[int, ...], device: str) -> Case:
-    """A tanh network whose training samples are weighted; x: one logit per sample."""
+def mlp(name: str, n: int, size: int, widths: tuple[int, ...], device: str) -> Case:
+    """A tanh network on a batch of n weighted training samples; x: one logit per sample."""
     layers: list[nn.Module] = []
     for a, b in zip(widths[:-1], widths[1:], strict=True):
         layers += [nn.Linear(a, b), nn.Tanh()]
     upper, lower = Vector(n, 0.0).to(device), nn.Sequential(*layers[:-1]).to(device)
-    train, val = (rows(n, widths[:1], widths[-1], SEED + i, device) for i in range(2))
+    data, val = (rows(k, widths[:1], widths[-1], SEED + i, device) for i, k in enumerate((n, size)))
+    index = torch.randperm(n, generator=torch.Generator().manual_seed(SEED))[:size].to(device)
+    train = (data[0][index], data[1][index], index)
 
     def lower_loss(upper: Vector, lower: nn.Module, batch: Any) -> Tensor:
         losses = F.cross_entropy(lower(batch[0]), batch[1], reduction="none")
         ridge = sum(p.square().sum() for p in lower.parameters())
-        return (upper.x.sigmoid() * losses).mean() + 0.5 * ridge
+        return (upper.x[batch[2]].sigmoid() * losses).mean() + 0.5 * ridge
 
     def upper_loss(upper: Vector, lower: nn.Module, batch: Any) -> Tensor:
         return F.cross_entropy(lower(batch[0]), batch[1])
@@ -131,12 +135,12 @@ def mlp(name: str, n: int, widths: tuple[int, ...], device: str) -> Case:
 
     def g(x: list[Tensor], y: list[Tensor]) -> Tensor:
         losses = F.cross_entropy(network(y, train[0]), train[1], reduction="none")
-        return (x[0].sigmoid() * losses).mean() + 0.5 * sum(p.square().sum() for p in y)
+        return (x[0][index].sigmoid() * losses).mean() + 0.5 * sum(p.square().sum() for p in y)
 
     def f(x: list[Tensor], y: list[Tensor]) -> Tensor:
         return F.cross_entropy(network(y, val[0]), val[1])
 
-    return Case(name, (upper, lower), upper_loss, lower_loss, train, val, g, f, 0.1)
+    return Case(name, (upper, lower), upper_loss, lower_loss, train, val, g, f, 0.1, data)
 
 
 def convolutions(name: str, n: int, channels: tuple[int, ...], device: str, side: int = 32) -> Case:
@@ -432,12 +436,12 @@ def measure(device: str, threads: int, smoke: bool) -> list[Row]:
 PROBLEMS = (
     partial(logistic, "a64", 5000, 64),
     partial(logistic, "a784", 5000, 784),
-    partial(mlp, "b", 512, (128, 256, 256, 10)),
+    partial(mlp, "b", 5000, 512, (128, 256, 256, 10)),
     partial(convolutions, "c", 64, (3, 16, 32, 32)),
 )
 SMALL = (
     partial(logistic, "a64", 200, 64),
-    partial(mlp, "b", 32, (16, 32, 32, 10)),
+    partial(mlp, "b", 100, 32, (16, 32, 32, 10)),
 )
 
 
@@ -486,7 +490,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="small sizes, a few seconds: does it run at all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of cost.json")
+    parser.add_argument("--output", type=Path, help="folder of cost.json (results, or smoke)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)
@@ -497,8 +501,9 @@ def main() -> None:
     print(" ".join(f"{key}={value}" for key, value in machine.items()))
     print(f"{'':5} {'':22} {'floor':>10} {'ours':>10} {'':3} {'ratio':>7}  {'quartiles, pairs':22} target")
     print("\n".join(map(str, rows)))
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "cost.json"
+    folder = options.output or Path("smoke" if options.smoke else "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "cost.json"
     table = [{**asdict(row), "verdict": row.verdict} for row in rows]
     path.write_text(json.dumps({"machine": machine, "smoke": options.smoke, "rows": table}, indent=1) + "\n")
     print(f"written to {path}")

@@ -136,6 +136,7 @@ class CG(LinearSolver):
         direction = layout.unpack(p)
         pp, largest = rr, 0 * rr
         alive, nonpositive = rr > limit, rr < 0
+        del rhs  # a copy of b where there are several tensors
         for _ in range(self.max_iter):
             if self.tol is not None and not bool(alive):
                 break

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +10,11 @@ import torch
 from torch import Tensor
 
 from torchbilevel.certificate import Certificate
+from torchbilevel.constraint import constrained
 from torchbilevel.estimators.base import Estimator
+from torchbilevel.facade import Facade
 from torchbilevel.optim.base import Claim, Event, Rule
+from torchbilevel.pairing import require_pair, require_upper
 from torchbilevel.problem import Problem
 from torchbilevel.tensors import Tensors, clone, mix_seed
 from torchbilevel.verify import Verify
@@ -39,7 +39,7 @@ class Result:
     step: int
 
 
-class Method(torch.optim.Optimizer):
+class Method(Facade):
     """A bilevel or minimax method: an estimator of the hypergradient and a rule that moves x.
 
     It is a ``torch.optim.Optimizer`` for the upper parameters. ``backward`` stands where ``loss.backward()`` stands and
@@ -86,26 +86,10 @@ class Method(torch.optim.Optimizer):
     def __init__(
         self, problem: Problem, estimator: Estimator, rule: torch.optim.Optimizer, *, verify: Verify | None = None
     ) -> None:
-        require_problem(problem)
-        if not isinstance(estimator, Estimator):
-            raise TypeError(
-                f"estimator must be Implicit(...), Unrolled(...) or Danskin(...), got {type(estimator).__name__}"
-            )
-        if not isinstance(rule, torch.optim.Optimizer) or isinstance(rule, Method):
-            raise TypeError(
-                f"rule must be a torch optimizer over problem.upper.parameters(), got {type(rule).__name__}"
-            )
-        self.problem, self.estimator, self.rule = problem, estimator, rule
-        self._require_upper(p for group in rule.param_groups for p in group["params"])
-        self._require_values()
-        if problem.constrains_x and getattr(rule, "needs_probe", False):
-            raise ValueError(
-                f"{type(rule).__name__} searches for negative curvature, which needs a free x: use a Perturbed rule or "
-                "leave out upper_projection"
-            )
+        require_pair(problem, estimator, rule)
         if verify is not None:
             verify.require(problem, rule)
-        self.verify = verify
+        self.problem, self.estimator, self.verify = problem, estimator, verify
         self.certificate: Certificate | None = None
         estimator.bind(problem)
         self._steps = 0
@@ -114,7 +98,7 @@ class Method(torch.optim.Optimizer):
         self._backwards = 0  # and their number
         self._y_anchor: Tensors | None = None  # y at the rule's last perturbation
         self._y_answer: Tensors | None = None  # y at the rule's answer
-        super().__setstate__({})  # the hooks of torch.optim.Optimizer, without groups and state of our own
+        super().__init__(rule)
 
     # --- one outer iteration -----------------------------------------------------------------------------------------
 
@@ -166,7 +150,7 @@ class Method(torch.optim.Optimizer):
                 returned = closure()
         rule, step = self.rule, self.steps
         answer, seen = (rule.answer, len(rule.events)) if isinstance(rule, Rule) else (None, 0)
-        with self._constrained():
+        with constrained(self.problem, rule):
             if isinstance(rule, torch.optim.LBFGS) or getattr(rule, "needs_probe", False):
                 self._probing_step()
             elif getattr(rule, "value_test", False):
@@ -233,21 +217,6 @@ class Method(torch.optim.Optimizer):
 
     # --- torch.optim.Optimizer, forwarded to the rule ----------------------------------------------------------------
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The rule's parameter groups, live."""
-        return self.rule.param_groups
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
-        """The rule's state, live."""
-        return self.rule.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The rule's defaults."""
-        return self.rule.defaults
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of upper parameters to the rule.
 
@@ -258,89 +227,8 @@ class Method(torch.optim.Optimizer):
         if not isinstance(params, Tensor | set):  # torch refuses sets
             params = list(params)
         entries = [params] if isinstance(params, Tensor) else params
-        self._require_upper(entry[1] if isinstance(entry, tuple) else entry for entry in entries)
+        require_upper(self.problem, (entry[1] if isinstance(entry, tuple) else entry for entry in entries))
         self.rule.add_param_group({**param_group, "params": params})
-
-    def state_dict(self) -> dict[str, Any]:
-        """The rule's state, the estimator's memory and y.
-
-        x is not in it, as in torch, nor are buffers: save ``problem.upper.state_dict()`` beside it, and
-        ``problem.lower.state_dict()`` where the lower module has buffers.
-
-        Returns:
-            The dict of the rule with one more entry, "method": plain containers of tensors, numbers and strings.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state = {
-            **self.rule.state_dict(),
-            "method": {
-                "kind": self._kind(),
-                "steps": self._steps,
-                "estimator": self.estimator.state_dict(),
-                "y_anchor": self._y_anchor,
-                "y_answer": self._y_answer,
-            },
-        }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            changed = post_hook(self, state)
-            state = state if changed is None else changed
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from where ``state_dict`` was taken; y is written into the lower module.
-
-        Args:
-            state_dict: what ``state_dict`` returned; it is not changed.
-
-        Raises:
-            ValueError: if it does not come from a method of the same parts and shapes; nothing has changed then.
-        """
-        state = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            changed = pre_hook(self, state)
-            state = state if changed is None else dict(changed)
-        if "method" not in state:
-            raise ValueError(
-                f"state_dict must have the entry 'method', got {sorted(state)}: plain torch optimizers and "
-                "torch.distributed.checkpoint do not keep it; save method.state_dict() as it is"
-            )
-        own = state.pop("method")
-        if own["kind"] != self._kind():
-            raise ValueError(f"state_dict must come from a method with {self._kind()}, got one with {own['kind']}")
-        self.rule.load_state_dict(deepcopy(state))  # torch would go on using its tensors
-        self.estimator.load_state_dict(own["estimator"])
-        self._steps = int(own["steps"])
-        self._y_anchor, self._y_answer = (self._place(own[name]) for name in ("y_anchor", "y_answer"))
-        self._forget()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # For deepcopy and pickle. Hooks stay behind, as in torch, and so does the ``step`` that a scheduler patches in:
-        # both are bound to the original. So do the backwards since the last step, whose gradients torch does not copy.
-        # Attributes of the rule that torch leaves behind (LBFGS has some) come along.
-        def own(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-            return {k: v for k, v in vars(optimizer).items() if k != "step" and not k.startswith("_optimizer_")}
-
-        return {**own(self), "_task": None, "_loss": 0.0, "_backwards": 0, "rule_attributes": own(self.rule)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        attributes = state.pop("rule_attributes")
-        super().__setstate__(state)
-        vars(self.rule).update(attributes)
-
-    def __repr__(self) -> str:
-        rule = repr(self.rule).replace("\n", "\n  ")
-        return f"{type(self).__name__}(\n  estimator={self.estimator}\n  rule={rule}\n)"
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler asks for this before it steps, which makes it the place to refuse.
-        raise TypeError(
-            "GradScaler scales the loss before backward, and a method's backward starts from its own losses, unscaled: "
-            "use bfloat16 autocast inside the losses, without GradScaler"
-        )
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -350,26 +238,27 @@ class Method(torch.optim.Optimizer):
                 "the run has ended (method.done): method.result() has the answer; make a new method to go on"
             )
 
-    def _require_upper(self, params: Iterable[Any]) -> None:
-        known = {id(p) for p in self.problem.upper_parameters}
-        for i, p in enumerate(params):
-            if isinstance(p, Tensor) and id(p) not in known:  # torch refuses what is no tensor
-                raise ValueError(
-                    "the rule must be over trainable parameters of problem.upper, listed by problem.upper_parameters; "
-                    f"got another one of shape {tuple(p.shape)} at position {i}"
-                )
+    def _memory(self) -> dict[str, Any]:
+        return {
+            "steps": self._steps,
+            "estimator": self.estimator.state_dict(),
+            "y_anchor": self._y_anchor,
+            "y_answer": self._y_answer,
+        }
 
-    def _require_values(self) -> None:
-        """A rule that compares values of f(x, y) needs a y accurate enough for them."""
-        if not getattr(self.rule, "value_test", False):
-            return
-        solver, value_tol = self.estimator.lower_solver, getattr(self.rule, "value_tol", 0.0)
-        tol = None if solver is None else solver.tol
-        if tol is None or tol >= value_tol:
-            raise ValueError(
-                "value_test=True compares values of f(x, y), which are biased by the error of y: give the lower solver "
-                f"a tol below value_tol={value_tol}, and steps enough to reach it, got tol={tol}"
-            )
+    def _restore(self, memory: Mapping[str, Any]) -> None:
+        self.estimator.load_state_dict(memory["estimator"])
+        self._steps = int(memory["steps"])
+        self._y_anchor, self._y_answer = (self._place(memory[name]) for name in ("y_anchor", "y_answer"))
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The backwards since the last step stay behind: torch does not copy their gradients.
+        return {**super().__getstate__(), "_task": None, "_loss": 0.0, "_backwards": 0}
+
+    def __repr__(self) -> str:
+        rule = repr(self.rule).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  estimator={self.estimator}\n  rule={rule}\n)"
 
     def _kind(self) -> str:
         """Whose state fits: the parts, and the shapes of y."""
@@ -437,58 +326,6 @@ class Method(torch.optim.Optimizer):
                 for p, t in zip(self.problem.upper_parameters, verify.leave(self.certificate, x), strict=True):
                     p.copy_(t)
 
-    @contextmanager
-    def _constrained(self) -> Iterator[None]:
-        """Where x is constrained, project what the block has moved.
-
-        A rule that tests stationarity is shown the gradient mapping (x - P(x - lr v)) / lr in the place of v: a
-        gradient step along it is the projected step, and its norm is the right measure of stationarity.
-        """
-        problem = self.problem
-        if not problem.constrains_x:
-            yield
-            return
-        rates = {id(p): _rate(group) for group in self.param_groups for p in group["params"]}
-        moving = [
-            (i, p, p.grad, rates[id(p)])
-            for i, p in enumerate(problem.upper_parameters)
-            if p.grad is not None and rates.get(id(p))
-        ]
-        if hasattr(self.rule, "grad_tol"):
-            ahead = list(problem.x)
-            for i, p, v, rate in moving:
-                ahead[i] = p.detach() - rate * v
-            trial = problem.project_x(tuple(ahead))
-            for i, p, _, rate in moving:
-                p.grad = (p.detach() - trial[i]) / rate
-        try:
-            yield
-        finally:
-            for _, p, v, _ in moving:
-                p.grad = v
-        if not self.done:
-            projected = problem.project_x(problem.x)
-            with torch.no_grad():
-                for i, p, _, _ in moving:
-                    p.copy_(projected[i])
-
-
-def require_problem(problem: Any) -> Problem:
-    """The argument, which must be a problem.
-
-    Args:
-        problem: what was given as one.
-
-    Returns:
-        The same object.
-
-    Raises:
-        TypeError: if it is none.
-    """
-    if not isinstance(problem, Problem):
-        raise TypeError(f"problem must be a BilevelProblem or MinimaxProblem, got {type(problem).__name__}")
-    return problem
-
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two batches hold the same tensors."""
@@ -497,8 +334,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return a is b
-
-
-def _rate(group: dict[str, Any]) -> float:
-    lr = float(group.get("lr", 1.0))
-    return -lr if group.get("maximize") else lr

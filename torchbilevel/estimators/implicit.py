@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torchbilevel.derivatives import Oracle
 from torchbilevel.estimators.base import SILENT_ZERO, Estimator, Evaluation, Memory
 from torchbilevel.linear_solve import CG, LinearSolver
@@ -102,3 +104,8 @@ class Implicit(Estimator):
         lower = self.solve_lower(x, y, memory, samples.lower)
         z = memory.z if self.warm_start and self.warm_start_adjoint else None
         return implicit_field(self.oracle, x, lower.y, z, samples, self.linear_solver, lower)
+
+    def advance(self, evaluation: Evaluation) -> Memory:
+        """The memory after a ``backward``; it holds z only where the next solve starts from it."""
+        memory = super().advance(evaluation)
+        return memory if self.warm_start_adjoint else replace(memory, z=None)

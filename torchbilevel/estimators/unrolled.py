@@ -127,7 +127,7 @@ class Unrolled(Estimator):
         learned = {name: vars(solver)[name] for name in self.lower_solver.learned}
         rates = map_tensors(_leaf, learned)
         solver = solver.with_values(rates)
-        y, trajectory = detach(y), []
+        trajectory = []
         with torch.no_grad():
             for _ in range(kept):
                 trajectory.append((y, state))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbilevel.method import require_problem
 from torchbilevel.optim import PerturbedGD
+from torchbilevel.pairing import require_problem
 from torchbilevel.problem import Problem
 
 # The hypergradient may be wrong by grad_tol / 5, so a displacement asks for a norm within the other four fifths.

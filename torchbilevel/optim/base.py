@@ -101,14 +101,14 @@ class Rule(torch.optim.Optimizer):
         return replace(self.answer, x=clone(self.answer.x))
 
     def confirm(self, value: float) -> None:
-        """Raise the claim of the answer to "verified": somebody has computed the smallest eigenvalue ``value`` there."""
+        """Raise the claim of the answer to "verified": the smallest eigenvalue there, ``value``, is known."""
         if self.answer is None:
             raise RuntimeError("there is no answer to confirm")
         self.answer = replace(self.answer, claim="verified")
         self._record("verified", value)
 
     def withdraw(self, kind: str, value: float) -> None:
-        """Take back the answer, and with it the end of the run: somebody has found it wrong; ``kind`` goes on record."""
+        """Take back an answer that was found wrong, and with it the end of the run; ``kind`` goes on record."""
         self.answer, self.done = None, False
         self._record(kind, value)
 
