@@ -116,9 +116,9 @@ def mlp(name: str, n: int, size: int, widths: tuple[int, ...], device: str) -> C
     for a, b in zip(widths[:-1], widths[1:], strict=True):
         layers += [nn.Linear(a, b), nn.Tanh()]
     upper, lower = Vector(n, 0.0).to(device), nn.Sequential(*layers[:-1]).to(device)
-    data, val = (rows(k, widths[:1], widths[-1], SEED + i, device) for i, k in enumerate((n, size)))
+    data = [rows(n, widths[:1], widths[-1], SEED + i, device) for i in range(2)]
     index = torch.randperm(n, generator=torch.Generator().manual_seed(SEED))[:size].to(device)
-    train = (data[0][index], data[1][index], index)
+    train, val = ((inputs[index], labels[index], index) for inputs, labels in data)
 
     def lower_loss(upper: Vector, lower: nn.Module, batch: Any) -> Tensor:
         losses = F.cross_entropy(lower(batch[0]), batch[1], reduction="none")
@@ -140,7 +140,7 @@ def mlp(name: str, n: int, size: int, widths: tuple[int, ...], device: str) -> C
     def f(x: list[Tensor], y: list[Tensor]) -> Tensor:
         return F.cross_entropy(network(y, val[0]), val[1])
 
-    return Case(name, (upper, lower), upper_loss, lower_loss, train, val, g, f, 0.1, data)
+    return Case(name, (upper, lower), upper_loss, lower_loss, train, val, g, f, 0.1, (*data[0], *data[1]))
 
 
 def convolutions(name: str, n: int, channels: tuple[int, ...], device: str, side: int = 32) -> Case:
@@ -256,21 +256,24 @@ class Row:
     floor: float
     ours: float
     ratio: float
+    target: float | None = None
     quartiles: tuple[float, float] | None = None
     repetitions: int = 1
-    target: float | None = None
+    ratio_without_problem: float | None = None
 
     @property
     def verdict(self) -> str:
         return "" if self.target is None else "pass" if self.ratio <= self.target else "MISS"
 
     def __str__(self) -> str:
-        spread = f"[{self.quartiles[0]:.3f}, {self.quartiles[1]:.3f}] {self.repetitions:4d}x" if self.quartiles else ""
         target = "" if self.target is None else f"<= {self.target:.2f}"
+        note = "" if self.ratio_without_problem is None else f"{self.ratio_without_problem:.3f} without the problem"
+        if self.quartiles:
+            note = f"quartiles {self.quartiles[0]:.3f} {self.quartiles[1]:.3f} of {self.repetitions}"
         return (
-            f"{self.problem:5} {self.what:22} {self.floor:10.4g} {self.ours:10.4g} {self.unit:3} {self.ratio:7.3f}  "
-            f"{spread:22} {target:8} {self.verdict}"
-        )
+            f"{self.problem:5} {self.what:20} {self.floor:9.4g} {self.ours:9.4g} {self.unit:3} {self.ratio:7.3f} "
+            f"{target:8} {self.verdict:5} {note}"
+        ).rstrip()
 
 
 class Meter:
@@ -302,7 +305,7 @@ class Meter:
         gc.enable()
         low, ratio, high = statistics.quantiles([b / a for a, b in pairs], n=4)
         a, b = (1e3 * statistics.median(t) for t in zip(*pairs, strict=True))
-        return Row(problem, what, "ms", a, b, ratio, (low, high), len(pairs), target)
+        return Row(problem, what, "ms", a, b, ratio, target, (low, high), len(pairs))
 
     def memory(
         self, problem: str, what: str, floor: Run, make: Callable[[], Run], resident: int, target: float | None = None
@@ -317,8 +320,10 @@ class Meter:
             run(), run()
 
         floor()  # libraries allocate their workspaces once
-        a, b = (1e-6 * (resident + self._peak(function)) for function in (floor, ours))
-        return Row(problem, f"{what}, peak", "MB", a, b, b / a, target=target)
+        a, b = (1e-6 * self._peak(function) for function in (floor, ours))
+        own = 1e-6 * resident
+        ratio = (own + b) / (own + a)
+        return Row(problem, f"{what}, peak", "MB", own + a, own + b, ratio, target, ratio_without_problem=b / a)
 
     def growth(self, problem: str, steps: int, run: Run) -> Row:
         """Memory held after ``steps`` further calls beside that after 100, as a ratio; nothing may run before it."""
@@ -328,7 +333,7 @@ class Meter:
         for _ in tqdm(range(steps), desc="memory over steps", leave=False):
             run()
         after = self._held()
-        return Row(problem, f"{steps} steps, memory", "MB", before, after, after / before, target=GROWTH_TARGET)
+        return Row(problem, f"{steps} steps, memory", "MB", before, after, after / before, GROWTH_TARGET)
 
     def _clock(self, function: Run, calls: int) -> float:
         self._synchronize()
@@ -499,7 +504,7 @@ def main() -> None:
     machine = describe(options.device, options.threads)
     rows = measure(options.device, options.threads, options.smoke)
     print(" ".join(f"{key}={value}" for key, value in machine.items()))
-    print(f"{'':5} {'':22} {'floor':>10} {'ours':>10} {'':3} {'ratio':>7}  {'quartiles, pairs':22} target")
+    print(f"{'':26} {'floor':>9} {'ours':>9} {'':3} {'ratio':>7} target")
     print("\n".join(map(str, rows)))
     folder = options.output or Path("smoke" if options.smoke else "results")
     folder.mkdir(parents=True, exist_ok=True)

@@ -41,10 +41,10 @@ def seeds_named(n: int) -> str:
 
 def median_and_range(values: Sequence[float], form: str = ".0f") -> tuple[str, str]:
     """Median and smallest-largest, as text; infinity stands for "never" and is shown as ``-``, and ``+`` in a range."""
-    low, high = min(values, default=math.inf), max(values, default=math.inf)
-    middle = statistics.median(values) if math.isfinite(high) else statistics.median_low(values)
-    if math.isinf(low):
+    if not values or math.isinf(min(values)):
         return "-", ""
+    low, high = min(values), max(values)
+    middle = statistics.median(values) if math.isfinite(high) else statistics.median_low(values)
     spread = f"{low:{form}}+" if math.isinf(high) else f"{low:{form}}-{high:{form}}"
     return "-" if math.isinf(middle) else f"{middle:{form}}", spread if len(values) > 1 else ""
 

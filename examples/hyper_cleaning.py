@@ -178,8 +178,9 @@ def report(runs: list[Run], steps: int) -> None:
     for run, numbers in zip(runs, zip(*columns, strict=True), strict=True):
         print(row.format(run.seed, *(f"{v:{form}}" for v, form in zip(numbers, forms, strict=True))))
     summary = [mean_and_deviation(column, form) for column, form in zip(columns, forms, strict=True)]
-    print(row.format("mean", *(mean for mean, _ in summary)))
-    print(row.format("sd", *(deviation for _, deviation in summary)))
+    if len(runs) > 1:
+        print(row.format("mean", *(mean for mean, _ in summary)))
+        print(row.format("sd", *(deviation for _, deviation in summary)))
     print("\nGap: from everything (0 %) to right labels only (100 %), same L2. L2 tuned: by validation accuracy.")
     print("AUC: how often a right label has a larger weight than a wrong one (0.5 is chance). sd: over seeds.")
 
@@ -191,8 +192,9 @@ def draw(runs: list[Run], path: Path) -> None:
 
     curves = torch.tensor([run.curve for run in runs])
     steps = range(1, curves.shape[1] + 1)
-    ax["curve"].fill_between(steps, curves.min(0).values, curves.max(0).values, color=BLUE, alpha=0.2, lw=0)
-    ax["curve"].plot(steps, curves.mean(0), color=BLUE, lw=2.4)
+    low, high = curves.min(0).values.tolist(), curves.max(0).values.tolist()
+    ax["curve"].fill_between(steps, low, high, color=BLUE, alpha=0.2, lw=0)
+    ax["curve"].plot(steps, curves.mean(0).tolist(), color=BLUE, lw=2.4)
     levels = dict(
         zip(runs[0].scores, torch.tensor([[*run.scores.values()] for run in runs]).mean(0).tolist(), strict=True)
     )
@@ -216,7 +218,7 @@ def draw(runs: list[Run], path: Path) -> None:
     first, suspects = runs[0], runs[0].weights.argsort()[:shown].tolist()
     for k, i in enumerate(suspects):
         given, truth = int(first.data.train[1][i]), int(first.data.truth[i])
-        ax["digits"].imshow(first.data.images[i].cpu(), cmap="gray_r", extent=(10 * k, 10 * k + 8, 0, 8))
+        ax["digits"].imshow(first.data.images[i].cpu().numpy(), cmap="gray_r", extent=(10 * k, 10 * k + 8, 0, 8))
         text = f"given {given}\ntrue {truth}"
         ax["digits"].text(10 * k + 4, -0.6, text, color=RED if given != truth else GREEN, ha="center", va="top")
     ax["digits"].set(xlim=(-1, 10 * shown - 1), ylim=(-4, 8.5))
@@ -232,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run, print, draw."""
     options = arguments("Learn which training labels of the digits are wrong.", seeds=5).parse_args(argv)
     seeds, steps = (1, 15) if options.smoke else (options.seeds, STEPS)
-    with tqdm(total=seeds * steps, unit=" steps", smoothing=0, ncols=100) as bar:
+    with tqdm(total=seeds * steps, unit="step", smoothing=0, ncols=100) as bar:
         runs = [train(seed, steps, options.device, bar) for seed in range(seeds)]
     report(runs, steps)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -91,23 +91,26 @@ def report(runs: list[Run], steps: int) -> None:
     """Print when saddles were left behind, what theory says about it, what it cost, and where it ended."""
     seeds, L = len(runs) // len(METHODS), runs[0].L
     own = {name: [run for run in runs if run.method == name] for name in METHODS}
-    print(
-        f"\nOctopus with {D} saddles in a row, L = {L:g}, kappa = {KAPPA:g}; {seeds_named(seeds)}, {steps} steps each."
-    )
+    names = seeds_named(seeds)
+    print(f"\nOctopus with {D} saddles in a row, L = {L:g}, kappa = {KAPPA:g}; {names}, {steps} steps each.")
     print("Step at which each saddle was left behind: median, below it min-max over the seeds.\n")
     print(f"{'saddle':14}" + "".join(f"{k:>8}" for k in range(1, D + 1)))
     for name in METHODS:
         texts = [median_and_range([time(run, k) for run in own[name]]) for k in range(1, D + 1)]
         print(f"{name:14}" + "".join(f"{middle:>8}" for middle, _ in texts))
-        print(f"{'':14}" + "".join(f"{spread:>8}" for _, spread in texts))
+        if seeds > 1:
+            print(f"{'':14}" + "".join(f"{spread:>8}" for _, spread in texts))
     print(f"-: not within {steps} steps in most seeds; +: in some seeds.\n")
 
     ratios = [run.times[-1] / run.times[-2] for run in own["AIDBiO"] if len(run.times) > 1]
     gaps = [(r.times[-1] - r.times[0]) / (len(r.times) - 1) for r in own["PerturbedAID"] if len(r.times) > 1]
     closed, last = octopus.time_ratio(L, GAMMA), statistics.median_low(len(run.times) for run in own["AIDBiO"])
-    beyond = statistics.median_low(time(run, last) for run in own["AIDBiO"]) * closed ** (D - last)
-    print(f"AIDBiO        last time / the one before: {with_range(ratios, '.2f')}, closed form {closed:.2f};")
-    print(f"              in exact arithmetic it would leave saddle {D} at about step {beyond:,.0f}")
+    print(f"AIDBiO        last time / the one before: {with_range(ratios, '.2f')}, closed form {closed:.2f}")
+    if 0 < last < D:
+        reached = statistics.median_low(time(run, last) for run in own["AIDBiO"])
+        print(
+            f"              so exact arithmetic would leave saddle {D} at about step {reached * closed ** (D - last):,.0f}"
+        )
     print(f"PerturbedAID  steps from saddle to saddle: {with_range(gaps, '.1f')}, estimate {estimated_gap(L):.1f}\n")
 
     row = "{:14}{:>14}{:>23}    {:<33}{:>10}"
@@ -128,13 +131,15 @@ def draw(runs: list[Run], steps: int, path: Path) -> None:
     for name, color in METHODS.items():
         own = [run.values / octopus.drop(run.L, GAMMA) for run in runs if (run.L, run.method) == (curvatures[0], name)]
         for curve in own:
-            ax["stairs"].plot(curve, color=color, lw=0.8, alpha=0.35)
-        ax["stairs"].plot(torch.stack(own).median(0).values, color=color, lw=2.4, label=name)
+            ax["stairs"].plot(curve.tolist(), color=color, lw=0.8, alpha=0.35)
+        ax["stairs"].plot(torch.stack(own).median(0).values.tolist(), color=color, lw=2.4, label=name)
         for L, marker in zip(curvatures, "os^D", strict=False):
             group = [run for run in runs if (run.L, run.method) == (L, name)]
             columns = [[time(run, k) for run in group] for k in range(1, D + 1)]
             middle = {k: statistics.median_low(c) for k, c in enumerate(columns, 1)}
             known = {k: t for k, t in middle.items() if t < math.inf}
+            if not known:
+                continue
             ax["times"].plot(*zip(*known.items(), strict=True), marker, color=color, ms=5, label=f"{name}, L = {L:g}")
             for k, column in enumerate(columns, 1):
                 ax["times"].plot(
@@ -168,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     seeds, steps = (1, 120) if options.smoke else (options.seeds, options.steps)
     jobs = [(L, name, seed) for L in options.L for seed in range(seeds) for name in METHODS]
-    with tqdm(total=len(jobs) * steps, unit=" steps", smoothing=0, ncols=100) as bar:
+    with tqdm(total=len(jobs) * steps, unit="step", smoothing=0, ncols=100) as bar:
         runs = [train(*job, steps, options.device, bar) for job in jobs]
     for L in options.L:
         report([run for run in runs if run.L == L], steps)

@@ -225,7 +225,7 @@ def test_without_strict_complementarity_it_is_undecided_with_the_count() -> None
         p.problem.lower.c[:2] += 1 - point[:2]
     c = certify(p.problem, p.batch, grad_tol=1e3, curvature_tol=1e-2)
     assert c.verdict == UNDECIDED
-    assert c.reason.startswith("2 bounds on y active with a multiplier of zero")
+    assert "bounds on y active with a multiplier of zero: 2" in c.reason
 
 
 def test_a_loss_that_is_not_finite_is_undecided() -> None:

@@ -80,29 +80,20 @@ class Certificate:
     def __str__(self) -> str:
         """The certificate as a short table."""
         c = self.counts
-        gradients = c.upper_gradients + c.lower_gradients
         products = c.hessian_products + c.jacobian_products + c.lagrangian_products
+        wanted = f"at least {-self.curvature_tol:.2e} ({self.curvature_tol_from})"
+        smallest = f"{self.lambda_min:+.3e} - {self.lambda_min_error:.0e}"
+        lower = f"{self.lower_lambda_min:+.3e} - {self.lower_lambda_min_error:.0e}"
         rows = [
             ("Phi", f"{self.value:.6g}", ""),
             ("|grad Phi|", f"{self.grad_norm:.2e} +- {self.grad_error:.0e}", f"at most {self.grad_tol:.2e}"),
-            (
-                "lambda_min",
-                f"{self.lambda_min:+.3e} - {self.lambda_min_error:.0e}",
-                f"at least {-self.curvature_tol:.2e} ({self.curvature_tol_from})",
-            ),
-            (
-                "lambda_min of g_yy",
-                f"{self.lower_lambda_min:+.3e} - {self.lower_lambda_min_error:.0e}",
-                "must be positive",
-            ),
+            ("lambda_min", smallest, wanted),
+            ("lambda_min of g_yy", lower, "must be positive"),
             ("|g_y|", f"{self.lower_residual:.1e}", f"asked for {self.lower_tol:.0e}"),
-            ("cost", f"{gradients} gradients", f"{products} products"),
         ]
-        words = {True: "yes", False: "no"}
-        if self.local_minimax is not None:
-            rows.insert(-1, ("local minimax point", words[self.local_minimax], ""))
-        if self.local_nash is not None:
-            rows.insert(-1, ("local Nash point", words[self.local_nash], ""))
+        answers = (("local minimax point", self.local_minimax), ("local Nash point", self.local_nash))
+        rows += [(name, "yes" if answer else "no", "") for name, answer in answers if answer is not None]
+        rows.append(("cost", f"{c.upper_gradients + c.lower_gradients} gradients", f"{products} products"))
         lines = [f"  {name:<20}{number:<22}{note}".rstrip() for name, number, note in rows]
         return "\n".join([f"{self.verdict}: {self.reason}", *lines])
 
@@ -136,7 +127,7 @@ def certify(
         curvature_tol: epsilon_H, positive; default sqrt(rho * grad_tol).
         rho: Lipschitz constant of hess Phi; estimated, from below, where neither it nor ``curvature_tol`` is given.
         tol: accuracy asked of y; default 1e-10 in float64, 4e-5 in float32.
-        max_basis: cap on the Lanczos basis of max_basis copies of x; default: what fits in 1 GiB, at most 600.
+        max_basis: cap on the Lanczos bases, copies of x or of y; default: what fits in 1 GiB, at most 1000.
         failure_probability: of the random starts of Lanczos; default 1e-3.
         seed: of those starts, and of the random numbers inside the losses.
 
@@ -186,10 +177,10 @@ def certify_samples(
         raise ValueError(f"failure_probability must be between 0 and 1, got {failure_probability}")
     operator = HessianOperator(problem, samples, x=x, tol=tol, oracle=Oracle(problem), strict=False)
     response, like = operator.response, flatten(operator.x)
-    generator = torch.Generator(like.device).manual_seed(mix_seed(seed, 1))
+    generator = torch.Generator().manual_seed(mix_seed(seed, 1))  # on the CPU: the same start on every device
 
     def draw() -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
     def lanczos(matvec: Callable[[Tensor], Tensor], enough: Callable[[float, float, float], bool]) -> Eigenpair:
         return smallest_eigenpair(
@@ -201,8 +192,8 @@ def certify_samples(
             redraw=draw,
         )
 
-    y_generator = torch.Generator(response.y[0].device).manual_seed(mix_seed(seed, 2))
-    y_pair = response.smallest_eigenvalue(y_generator, _basis(flatten(response.y)), failure_probability)
+    y_basis = max_basis or _basis(flatten(response.y))
+    y_pair = response.smallest_eigenvalue(generator, y_basis, failure_probability)
     grad_norm = float(norm(operator.gradient))
     reason = obstacle(operator, y_pair, grad_norm)
     source = "given" if curvature_tol else "rho given" if rho else "rho estimated"
@@ -258,5 +249,5 @@ def certify_samples(
 
 
 def _basis(vector: Tensor) -> int:
-    """The Lanczos vectors that fit in 1 GiB, at least 20 and at most 600."""
-    return min(vector.numel(), 600, max(20, 2**30 // (vector.numel() * vector.element_size())))
+    """The Lanczos vectors that fit in 1 GiB, at least 20 and at most 1000."""
+    return min(vector.numel(), 1000, max(20, 2**30 // (vector.numel() * vector.element_size())))

@@ -89,8 +89,8 @@ class HessianOperator:
         ambiguous = self.response.face.ambiguous()
         if ambiguous:
             self._object(
-                f"{ambiguous} {'bounds' if ambiguous > 1 else 'bound'} on y active with a multiplier of zero (strict "
-                f"complementarity fails): Phi has no second derivative here"
+                f"strict complementarity fails: bounds on y active with a multiplier of zero: {ambiguous}; Phi has no "
+                f"second derivative here"
             )
         y = self.response.y
         self.z: Tensors | None = None

@@ -64,7 +64,7 @@ class Face:
 
     def draw(self, like: Tensors, generator: torch.Generator) -> Tensors:
         """A normal vector, in the range of J where the face is round (where ``system`` is regular only there)."""
-        normal = tuple(torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for t in like)
+        normal = tuple(torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in like)
         if self.free:
             return normal
         return tuple(s if flat else t for s, t, flat in zip(normal, self.project(normal), self._flat, strict=True))
@@ -154,7 +154,7 @@ class Response:
         """Smallest eigenpair of g_yy on the face, as far as its sign needs.
 
         Args:
-            generator: of the random start.
+            generator: of the random start, on the CPU.
             max_basis: cap on the Lanczos basis.
             failure_probability: of the error bar.
 

@@ -27,7 +27,7 @@ def obstacle(operator: HessianOperator, y_pair: Eigenpair | None, *numbers: floa
     if y_pair is not None and not y_pair.value > y_pair.error:
         return (
             f"g_yy is not shown to be positive definite at y (smallest eigenvalue {y_pair.value:.2e} - "
-            f"{y_pair.error:.0e}), so y need not be a strict minimiser of the lower loss"
+            f"{y_pair.error:.0e} after {y_pair.products - 1} Lanczos steps), so y need not be a strict minimiser"
         )
     if operator.trouble:
         return operator.trouble
