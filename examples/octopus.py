@@ -107,10 +107,8 @@ def report(runs: list[Run], steps: int) -> None:
     closed, last = octopus.time_ratio(L, GAMMA), statistics.median_low(len(run.times) for run in own["AIDBiO"])
     print(f"AIDBiO        last time / the one before: {with_range(ratios, '.2f')}, closed form {closed:.2f}")
     if 0 < last < D:
-        reached = statistics.median_low(time(run, last) for run in own["AIDBiO"])
-        print(
-            f"              so exact arithmetic would leave saddle {D} at about step {reached * closed ** (D - last):,.0f}"
-        )
+        beyond = statistics.median_low(time(run, last) for run in own["AIDBiO"]) * closed ** (D - last)
+        print(f"              so exact arithmetic would leave saddle {D} at about step {beyond:,.0f}")
     print(f"PerturbedAID  steps from saddle to saddle: {with_range(gaps, '.1f')}, estimate {estimated_gap(L):.1f}\n")
 
     row = "{:14}{:>14}{:>23}    {:<33}{:>10}"

@@ -115,6 +115,17 @@ def test_a_dense_spectrum_is_decided_long_before_lanczos_has_converged(smallest:
     assert c.counts.lagrangian_products < 120
 
 
+def test_the_sign_of_a_minimax_point_is_decided_within_the_tolerance() -> None:
+    """Hess Phi = S with a dense spectrum that begins at 0.004: positive, and the tolerance alone would not ask."""
+    spectrum = 0.004 + torch.linspace(0, 1, 300, dtype=torch.float64).square()
+    upper, lower = (Split(torch.zeros(300).double(), ((300,),), s=spectrum) for _ in range(2))
+    problem = MinimaxProblem(
+        upper, lower, lambda u, lo, b: 0.5 * (u.s * u.p0) @ u.p0 - 0.5 * (lo.p0 - 0 * u.p0).square().sum()
+    )
+    c = certify(problem, grad_tol=1e-3, curvature_tol=0.02)
+    assert (c.verdict, c.local_minimax, c.local_nash) == (MINIMUM, True, True)
+
+
 def test_a_basis_that_is_too_small_is_said_to_be() -> None:
     problem, spectrum = large(400, -0.005)
     c = certify(problem, grad_tol=1e-3, curvature_tol=0.006, max_basis=10)

@@ -74,13 +74,13 @@ def test_a_tolerance_below_round_off_ends_all_the_same() -> None:
     assert 1e-30 < response.residual < 1e-13
 
 
-def double_well(start: float) -> BilevelProblem:
+def double_well(start: float, other: float = 0.5) -> BilevelProblem:
     """G = (y^2 - 1)^2 / 4 entry by entry: minima at +-1, a maximum at 0."""
 
     def lower_loss(upper: Point, lower: Point, batch: Any) -> Tensor:
         return 0.25 * (lower[0].square() - 1).square().sum() + 0.0 * upper[0].sum()
 
-    y = torch.tensor([start, 0.5], dtype=torch.float64)
+    y = torch.tensor([start, other], dtype=torch.float64)
     return BilevelProblem(Point(torch.zeros(1).double()), Point(y), upper_loss=lower_loss, lower_loss=lower_loss)
 
 
@@ -89,6 +89,13 @@ def test_leaves_the_neighbourhood_of_a_maximiser(start: float) -> None:
     response = respond(double_well(start))
     expected = torch.tensor([1.0 if start > 0 else -1.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(response.y[0], expected, atol=1e-10, rtol=0)
+
+
+def test_a_step_that_overshoots_is_halved() -> None:
+    """Beside the inflection at 1 / sqrt(3) the gradient's own curvature is 2e-4, and 1 / 2e-4 of it is far too long."""
+    response = respond(double_well(0.5773, 0.5773))
+    assert response.iterations <= 10
+    torch.testing.assert_close(response.y[0], torch.ones(2, dtype=torch.float64), atol=1e-10, rtol=0)
 
 
 def test_a_maximiser_itself_is_kept_and_its_curvature_shown() -> None:

@@ -239,8 +239,8 @@ class Direct(LinearSolver):
 
     Cost: one product per unknown and O(n^3) arithmetic; n^2 numbers of memory. A warm start is of no use and ignored.
 
-    Reference: Cholesky factorisation of the symmetrised matrix; where it fails, A is not positive definite and an LU
-    solve is returned under the status ``"non-positive curvature"``.
+    Reference: Cholesky factorisation of the symmetrised matrix; where it fails, A is not positive definite, and the
+    least-squares solution of least norm is returned under the status ``"non-positive curvature"``.
 
     >>> Direct().solve(lambda s: (2 * s[0],), (torch.ones(2),)).z
     (tensor([0.5000, 0.5000]),)
@@ -262,13 +262,12 @@ class Direct(LinearSolver):
             )
         matrix, rhs = accumulator(dense(matvec, b)), accumulator(flatten(b))
         factor, info = torch.linalg.cholesky_ex(matrix)
-        failed = info > 0
-        if bool(failed):
-            solution = torch.linalg.solve_ex(matrix, rhs)[0]
+        nonpositive = (info > 0) & torch.isfinite(matrix).all()
+        if bool(nonpositive):
+            solution = torch.linalg.pinv(matrix, hermitian=True) @ rhs
         else:
             solution = torch.cholesky_solve(rhs[:, None], factor)[:, 0]
         residual, tol = (rhs - matrix @ solution).norm(), torch.finfo(b[0].dtype).eps ** 0.5
-        nonpositive = failed & torch.isfinite(matrix).all()
         return SolveResult(
             unflatten(solution, b), residual, rhs.norm(), n, tol, nonpositive, torch.zeros_like(nonpositive)
         )

@@ -16,6 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.estimators.cases import (
+    ALL,
+    BILEVEL,
+    LBFGS,
+    MINIMAX,
+    RMSPROP,
+    Data,
+    case,
+    everything,
+    gradients,
+    step,
+    twin_of,
+)
 from tests.memory import live_tensors, saved_tensors
 from tests.problems import assign, constrained_minimax, flat, generator, quadratic_bilevel, quadratic_minimax
 from torchbilevel import (
@@ -31,44 +44,10 @@ from torchbilevel import (
     LinearSolveWarning,
     MinimaxProblem,
     Neumann,
-    SignGD,
     TorchOptim,
     Unrolled,
     stream,
 )
-
-RMSPROP, LBFGS = torch.optim.RMSprop, torch.optim.LBFGS
-BILEVEL: dict[str, Callable[[], Estimator]] = {
-    "CG": lambda: Implicit(GD(0.4, 3, momentum=0.5), CG(2)),
-    "CG, exact steps": lambda: Implicit(GD(0.4, 3), CG(2, None)),
-    "CG, cold adjoint": lambda: Implicit(GD(0.4, 3), CG(2), warm_start_adjoint=False),
-    "CG, cold": lambda: Implicit(GD(0.4, 3, momentum=0.5), CG(2), warm_start=False),
-    "CG, y left alone": lambda: Implicit(None, CG(2)),
-    "Neumann": lambda: Implicit(Adam(0.1, 3), Neumann(3, 0.3)),
-    "Direct": lambda: Implicit(SignGD(0.05, 3), Direct()),
-    "RMSprop": lambda: Implicit(TorchOptim(RMSPROP, 3, lr=0.01), CG(2)),
-    "LBFGS": lambda: Implicit(TorchOptim(LBFGS, 2, lr=0.3, max_iter=2), CG(2)),
-    "Unrolled": lambda: Unrolled(GD(0.4, 3, momentum=0.5)),
-    "Unrolled, recompute": lambda: Unrolled(Adam(0.1, 3), recompute=True),
-    "Unrolled, truncated": lambda: Unrolled(Adam(0.1, 3), truncate=2),
-    "Unrolled, cold": lambda: Unrolled(GD(0.4, 3), warm_start=False),
-}
-MINIMAX: dict[str, Callable[[], Estimator]] = {
-    "Danskin": lambda: Danskin(GD(0.4, 3, momentum=0.5)),
-    "Danskin, cold": lambda: Danskin(SignGD(0.05, 3), warm_start=False),
-    "Danskin, Adam": lambda: Danskin(TorchOptim(torch.optim.Adam, 3, lr=0.1)),
-    "Unrolled minimax": lambda: Unrolled(GD(0.4, 3)),
-}
-ALL = {**BILEVEL, **MINIMAX}
-Data = dict[str, Any]
-
-
-def case(name: str) -> tuple[Estimator, Data]:
-    if name in MINIMAX:
-        q = quadratic_minimax()
-        return ALL[name]().bind(q.problem), {"batch": q.batch}
-    q = quadratic_bilevel(curved=True)
-    return ALL[name]().bind(q.problem), {"lower": q.lower_batch, "upper": q.upper_batch}
 
 
 @pytest.fixture(params=list(ALL))
@@ -82,29 +61,6 @@ def no_collector() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-def gradients(estimator: Estimator) -> tuple[Tensor | None, ...]:
-    return tuple(None if p.grad is None else p.grad.clone() for p in estimator.problem.upper_parameters)
-
-
-def step(estimator: Estimator, lr: float = 0.05) -> None:
-    with torch.no_grad():
-        for p in estimator.problem.upper_parameters:
-            p -= lr * p.grad
-            p.grad = None
-
-
-def everything(estimator: Estimator) -> str:
-    """All that a call could change, down to the last digit; oracle counts aside."""
-    state = estimator.state_dict()
-    del state["counts"]
-    bits = [p.detach().numpy().tobytes() for p in (*estimator.problem.upper_parameters, *estimator.problem.y)]
-    torch.set_printoptions(precision=17)
-    try:
-        return f"{bits} {gradients(estimator)} {state} {torch.get_rng_state().sum()} {estimator.last}"
-    finally:
-        torch.set_printoptions(profile="default")
 
 
 # --- backward -------------------------------------------------------------------------------------
@@ -278,38 +234,27 @@ def test_no_graph_outlives_backward(pair: tuple[Estimator, Data]) -> None:
     ("make", "calls"),
     [
         (lambda: Implicit(GD(0.1, 1, momentum=0.5), CG(1)), 1000),
-        (lambda: Unrolled(Adam(0.1, 2)), 300),
-        (lambda: Unrolled(GD(0.1, 2), recompute=True), 300),
-        (lambda: Implicit(TorchOptim(LBFGS, 1, max_iter=1, history_size=2), Neumann(1, 0.1)), 300),
+        (lambda: Unrolled(Adam(0.1, 2)), 200),
+        (lambda: Unrolled(GD(0.1, 2), recompute=True), 200),
+        (lambda: Implicit(TorchOptim(LBFGS, 1, max_iter=1, history_size=2), Neumann(1, 0.1)), 200),
+        (lambda: Danskin(GD(0.1, 1)), 200),
     ],
-    ids=["implicit", "unrolled", "recompute", "LBFGS"],
+    ids=["implicit", "unrolled", "recompute", "LBFGS", "Danskin"],
 )
 def test_memory_stays_flat(make: Callable[[], Estimator], calls: int) -> None:
-    upper, lower = (nn.Linear(1, 1, bias=False) for _ in range(2))
-    problem = BilevelProblem(
-        upper,
-        lower,
-        upper_loss=lambda upper, lower, batch: (lower.weight - 1).square().sum(),
-        lower_loss=lambda upper, lower, batch: (lower.weight - upper.weight).square().sum(),
-    )
-    estimator = make().bind(problem)
+    def g(upper: nn.Linear, lower: nn.Linear, batch: Any) -> Tensor:
+        return (lower.weight - upper.weight).square().sum()
+
+    modules, estimator = [nn.Linear(1, 1, bias=False) for _ in range(2)], make()
+    if isinstance(estimator, Danskin):
+        estimator.bind(MinimaxProblem(*modules, lambda upper, lower, batch: -g(upper, lower, batch)))
+    else:
+        estimator.bind(BilevelProblem(*modules, lambda upper, lower, batch: (lower.weight - 1).square().sum(), g))
     alive = []
     for k in range(calls):
         estimator.backward()
         step(estimator, 0.01)
         if k in (9, calls - 1):
-            alive.append(live_tensors())
-    assert alive[0] == alive[1]
-
-
-def test_memory_of_minimax_stays_flat() -> None:
-    estimator, data = case("Danskin")
-    alive = []
-    for k in range(200):
-        estimator.backward(**data)
-        step(estimator, 1e-3)
-        if k in (9, 199):
-            gc.collect()
             alive.append(live_tensors())
     assert alive[0] == alive[1]
 
@@ -497,9 +442,9 @@ BROKEN = [
     ("upper", "none", "value", "the upper loss is nan; it must be finite"),
     ("upper", "x", "gradient", "the hypergradient is not finite although the upper loss and y are"),
     ("upper", "y", "gradient", "the linear solve ended in numbers that are not finite|the hypergradient is not finite"),
-    ("lower", "y", "gradient", "the lower variables y are not finite after 3 steps of"),
+    ("lower", "y", "gradient", "the lower variables y are not finite after [23] steps of"),
     ("lower", "y", "product", "the linear solve ended in numbers that are not finite|the hypergradient is not finite"),
-    ("lower", "x", "product", "the hypergradient is not finite although the upper loss and y are"),
+    ("lower", "x", "gradient", "the hypergradient is not finite although the upper loss and y are"),
 ]
 
 
@@ -530,13 +475,13 @@ def with_cliff(estimator: Estimator, loss: str, variable: str) -> Estimator:
 def test_nothing_changes_where_something_is_not_finite(
     name: str, loss: str, variable: str, where: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if name == "CG, y left alone" and (loss, where) == ("lower", "gradient"):
+    if name == "CG, y left alone" and (loss, variable, where) == ("lower", "y", "gradient"):
         message = "the gradient of the lower loss is not finite"
     estimator = with_cliff(ALL[name](), loss, variable)
     estimator.backward()
     step(estimator)
     estimator.backward()
-    twin, before = copy.deepcopy(estimator), everything(estimator)
+    twin, before = twin_of(estimator), everything(estimator)
     monkeypatch.setattr(Cliff, "where", where)
     with pytest.raises(FloatingPointError, match=message):
         estimator.backward()
@@ -753,12 +698,7 @@ def test_estimators_refuse_the_other_kind_of_problem() -> None:
 
 def test_one_estimator_one_problem() -> None:
     estimator, q = Implicit(GD(0.1, 1)), quadratic_bilevel()
-    for use in (
-        lambda: estimator.backward(),
-        lambda: estimator.counts,
-        lambda: estimator.probe(),
-        lambda: estimator.problem,
-    ):
+    for use in (lambda: estimator.backward(), lambda: estimator.counts, lambda: estimator.problem):
         with pytest.raises(RuntimeError, match=r"this Implicit has no problem yet; call bind\(problem\)"):
             use()
     assert estimator.bind(q.problem) is estimator.bind(q.problem) is estimator
