@@ -222,7 +222,7 @@ def main() -> None:
     )
     for r in table:
         times = f"{r.floor:9.2f} {r.ours:9.2f} {r.unit} {r.ratio:7.3f}"
-        quartiles = "{:.3f} {:.3f}".format(*r.quartiles or ("", ""))
+        quartiles = " ".join(f"{q:.3f}" for q in r.quartiles or ())
         print(f"{r.problem:>7} {r.what:>10} {times}  {quartiles:14} {r.repetitions:6}  <= {r.target}")
     numbers = f"{'products':>9} {'g_yy s':>9} {'gradients':>9} {'seconds':>9}"
     print(f"\n{'n':>7} {'strength':>9}  {'verdict':22} {'lambda_min':17} {numbers}")

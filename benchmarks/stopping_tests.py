@@ -51,9 +51,9 @@ CAP = 5000
 class Run:
     """One run, and what became of it.
 
-    ``outcome``: "saddle" or "minimum", what the point is that passed; "none" if none had passed when the run was cut off.
-    ``refuted``: how many claims ``verify=`` took back on the way. ``gradients`` and ``products`` are totals, those of
-    certificates included; values of f count as gradients.
+    ``outcome``: what the point is that passed, "saddle" or "minimum"; "none" if the run was cut off before. ``refuted``:
+    claims that ``verify=`` took back on the way. ``gradients`` and ``products`` are totals, with those of certificates;
+    values of f count as gradients.
     """
 
     test: str
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, one thread each")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of stopping_tests.json")
     options = parser.parse_args()
-    seeds, steps, cap, workers = (1, (20,), 80, 1) if options.smoke else (options.seeds, STEPS, CAP, options.workers)
+    seeds, steps, cap, workers = (1, (5,), 80, 1) if options.smoke else (options.seeds, STEPS, CAP, options.workers)
     torch.set_num_threads(1)
     cells = study(seeds, steps, cap, workers)
     summary = [summarise(runs) for runs in cells]

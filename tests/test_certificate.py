@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -403,3 +404,17 @@ def test_the_table_shows_what_is_known() -> None:
     assert max(map(len, lines)) <= 80
     with pytest.raises(AttributeError):
         c.verdict = SADDLE
+
+
+def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[1] / "docs" / "certificate.md"
+    if not page.exists():
+        pytest.skip("the documentation is not part of this distribution")
+    _, code, _, printed, *_ = page.read_text(encoding="utf-8").split("```")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(code.removeprefix("python\n"), str(page), "exec"), {})
+    ours, theirs = capsys.readouterr().out.splitlines(), printed.strip().splitlines()
+    assert ours[:2] == theirs[:2]  # the verdict and Phi; the other numbers are partly round-off
+    assert [line[:33] for line in ours[3:5]] == [line[:33] for line in theirs[3:5]]
+    assert len(ours) == len(theirs)

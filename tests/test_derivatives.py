@@ -13,7 +13,8 @@ from torch import Tensor
 from tests.memory import saved_tensors
 from tests.problems import flat, generator
 from torchbilevel import Batches
-from torchbilevel.derivatives import Counts, Oracle, average, reached, scalar, vjp
+from torchbilevel.counts import Counts
+from torchbilevel.derivatives import Oracle, average, reached, scalar, vjp
 from torchbilevel.samples import Sample
 from torchbilevel.tensors import Tensors
 

@@ -94,11 +94,11 @@ def test_committed_results_keep_what_they_are_quoted_for() -> None:
     assert sum(float(row["gap recovered"]) for row in table) / 10 >= 60
     assert sum(float(row["auc"]) for row in table) / 10 >= 0.9
     staircase = rows(DOCS / "octopus.csv")
-    for seed in map(str, range(10)):
-        for L in ("1.0", "3.0"):
-            plain, perturbed = times(staircase, "AIDBiO", seed, L), times(staircase, "PerturbedAID", seed, L)
-            assert plain == sorted(plain) and len(perturbed) == 10
-            assert plain[-1] / plain[-2] == pytest.approx(time_ratio(float(L)), rel=0.1)
+    for L in ("1.0", "3.0"):
+        assert all(len(times(staircase, "PerturbedAID", str(seed), L)) == 10 for seed in range(10))
+        plain = [times(staircase, "AIDBiO", str(seed), L) for seed in range(10)]
+        ratios = [(t[-1] - t[-2]) / (t[-2] - t[-3]) for t in plain if len(t) > 2]
+        assert len(ratios) >= 8 and ratios == pytest.approx([time_ratio(float(L))] * len(ratios), rel=0.1)
 
 
 def test_spread_of_numbers() -> None:

@@ -33,6 +33,7 @@ ORDER = (
     "copies",
     "modules",
     "derivatives",
+    "counts",
     "sources",
     "samples",
     "projections",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from torchbilevel.constants import third_derivative_norm
+from torchbilevel.counts import Counts
 from torchbilevel.curvature import HessianOperator
-from torchbilevel.derivatives import Counts, Oracle
+from torchbilevel.derivatives import Oracle
 from torchbilevel.lanczos import Eigenpair, smallest_eigenpair
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Samples

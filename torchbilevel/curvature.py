@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbilevel.derivatives import Counts, Oracle
+from torchbilevel.counts import Counts
+from torchbilevel.derivatives import Oracle
 from torchbilevel.lagrangian import Lagrangian
 from torchbilevel.linear_solve import CG, SolveResult
 from torchbilevel.problem import Problem

@@ -1,7 +1,8 @@
 """Estimators of the hypergradient: a field, a lower solver and a memory."""
 
-from torchbilevel.estimators.base import Estimator, Evaluation, LinearSolveWarning
+from torchbilevel.estimators.base import Estimator
 from torchbilevel.estimators.danskin import Danskin
+from torchbilevel.estimators.evaluation import Evaluation, LinearSolveWarning
 from torchbilevel.estimators.implicit import Implicit
 from torchbilevel.estimators.probe import Probe
 from torchbilevel.estimators.unrolled import Unrolled

@@ -5,62 +5,20 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from torchbilevel.derivatives import Counts, Oracle
+from torchbilevel.counts import Counts
+from torchbilevel.derivatives import Oracle
+from torchbilevel.estimators.evaluation import Evaluation, LinearSolveWarning, Memory
 from torchbilevel.estimators.probe import Probe
 from torchbilevel.linear_solve import SolveResult
 from torchbilevel.lower import LowerResult, LowerSolver
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Sample, Samples
 from torchbilevel.tensors import Tensors, clone, detach, is_finite, mix_seed
-
-
-class LinearSolveWarning(UserWarning):
-    """A linear solve met non-positive curvature or diverged: the hypergradient of that step is not to be trusted."""
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """What an estimator carries from one ``backward`` to the next, besides y itself, which lives in the lower module.
-
-    Its tensors are never changed in place.
-
-    Attributes:
-        calls: ``backward`` calls so far.
-        z: the adjoint, from which the next linear solve starts; ``None`` after a solve that failed.
-        solver_state: the lower solver's own memory (momentum).
-    """
-
-    calls: int = 0
-    z: Tensors | None = None
-    solver_state: Any = None
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluation:
-    """A hypergradient and what came with it; everything is detached.
-
-    Attributes:
-        value: f(x, y), 0-d.
-        hypergradient: v, of the shapes of x.
-        lower_gradient: g_y at (x, y), or ``None`` where the estimator does not see it.
-        y: the lower variables reached.
-        z: the adjoint, or ``None``.
-        lower: how the lower solver ended.
-        solve: how the linear solve ended, or ``None``.
-    """
-
-    value: Tensor
-    hypergradient: Tensors
-    lower_gradient: Tensors | None
-    y: Tensors
-    z: Tensors | None
-    lower: LowerResult
-    solve: SolveResult | None = None
 
 
 class Estimator(ABC):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torchbilevel.estimators.base import SILENT_ZERO, Estimator, Evaluation, Memory
+from torchbilevel.estimators.base import SILENT_ZERO, Estimator
+from torchbilevel.estimators.evaluation import Evaluation, Memory
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Samples
 from torchbilevel.tensors import Tensors, scale

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torchbilevel.derivatives import Oracle
-from torchbilevel.estimators.base import SILENT_ZERO, Estimator, Evaluation, Memory
+from torchbilevel.estimators.base import SILENT_ZERO, Estimator
+from torchbilevel.estimators.evaluation import Evaluation, Memory
 from torchbilevel.linear_solve import CG, LinearSolver
 from torchbilevel.lower import LowerResult, LowerSolver
 from torchbilevel.problem import Problem

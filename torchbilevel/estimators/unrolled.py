@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from torchbilevel.derivatives import vjp
-from torchbilevel.estimators.base import SILENT_ZERO, Estimator, Evaluation, Memory
+from torchbilevel.estimators.base import SILENT_ZERO, Estimator
+from torchbilevel.estimators.evaluation import Evaluation, Memory
 from torchbilevel.lower import LowerResult, LowerSolver, Unrollable, map_tensors
 from torchbilevel.samples import Samples
 from torchbilevel.tensors import Tensors, add, detach, leaves, zeros
