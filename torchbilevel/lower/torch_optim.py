@@ -1,0 +1,73 @@
+"""Any torch optimizer as a lower solver."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchbilevel.lower.base import Gradient, LowerResult, LowerSolver, natural_residual
+from torchbilevel.tensors import Tensors, clone, detach
+
+
+class TorchOptim(LowerSolver):
+    """Any torch optimizer as lower solver. It cannot be unrolled; ``GD`` and ``Adam`` can.
+
+    Args:
+        optimizer_class: such as ``torch.optim.LBFGS``.
+        steps: calls of its ``step`` at most.
+        tol: stop when |g_y| <= tol.
+        options: its other arguments, ``lr=`` first of all.
+
+    Raises:
+        TypeError: if ``optimizer_class`` is no torch optimizer class.
+
+    Cost: what the optimizer needs, as a rule one gradient of g per step, and one optimizer made per run.
+    """
+
+    def __init__(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        steps: int,
+        tol: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(steps, tol)
+        if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)):
+            raise TypeError(f"optimizer_class must be a torch.optim class, got {optimizer_class}")
+        optimizer_class([nn.Parameter(torch.zeros(1, 1))], **options)  # bad options are found now, in its own words
+        self.optimizer_class, self.options = optimizer_class, options
+
+    def __repr__(self) -> str:
+        options = {"steps": self.steps, "tol": self.tol, **self.options}
+        return f"TorchOptim({self.optimizer_class.__name__}, {', '.join(f'{k}={v}' for k, v in options.items())})"
+
+    def run(self, gradient: Gradient, y: Tensors, state: Any, project: Callable[[Tensors], Tensors]) -> LowerResult:
+        """Let the optimizer step; see ``LowerSolver.run``."""
+        parameters = [nn.Parameter(t) for t in clone(y)]
+        optimizer = self.optimizer_class(parameters, **self.options)
+        if state is not None:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        residual: Tensor | None = None
+        here: list[tuple[Tensor, Tensors]] = []  # what the test of tol evaluated, for the optimizer's first evaluation
+
+        def closure() -> Any:
+            value, g = here.pop() if here else gradient(detach(parameters))
+            for p, t in zip(parameters, g, strict=True):
+                p.grad = t
+            return value
+
+        for k in range(self.steps):
+            if self.tol is not None:
+                here = [gradient(detach(parameters))]
+                residual = natural_residual(detach(parameters), here[0][1], project)
+                if bool(residual <= self.tol):
+                    return LowerResult(detach(parameters), optimizer.state_dict(), k, residual)
+            optimizer.step(closure)
+            with torch.no_grad():
+                for p, t in zip(parameters, project(detach(parameters)), strict=True):
+                    p.copy_(t)
+        return LowerResult(detach(parameters), optimizer.state_dict(), self.steps, residual)
