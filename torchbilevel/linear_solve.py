@@ -134,8 +134,8 @@ class CG(LinearSolver):
         products = int(z0 is not None)
         p, rr = clone(r), layout.dot(r, r)
         direction = layout.unpack(p)
-        pp, largest = rr, 0 * rr
-        alive, nonpositive = rr > limit, rr < 0
+        zero = torch.zeros_like(size) if isinstance(rr, Tensor) else 0.0
+        pp, largest, alive = rr, zero, rr > limit
         del rhs  # a copy of b where there are several tensors
         for _ in range(self.max_iter):
             if self.tol is not None and not bool(alive):
@@ -146,19 +146,19 @@ class CG(LinearSolver):
             curvature = _finite_or_nan(layout.dot(p, product))
             # <p, A p> / <p, p> lies between the extreme eigenvalues of A. Within the round-off of the largest such
             # value met so far, A is singular to working precision, and a step along p would only amplify round-off.
-            largest = _maximum(largest, _ratio(curvature, pp))
-            flat = curvature <= eps * largest * pp
-            nonpositive = nonpositive | (alive & flat)
-            alive = alive > flat  # alive and not flat
-            alpha = _where(alive, _ratio(rr, curvature))
+            quotient = _ratio(curvature, pp)
+            largest = _maximum(largest, quotient)
+            alive = alive > (quotient <= eps * largest)  # alive, and p not flat
+            alpha = _where(alive, _ratio(rr, curvature), zero)
             add_scaled_(z, alpha, p)
             add_scaled_(r, alpha, product, sign=-1)
             del product  # so that it is not in memory beside the next one
             rr, previous = layout.dot(r, r), rr
-            beta = _where(alive, _ratio(rr, previous))
+            beta = _where(alive, _ratio(rr, previous), zero)
             scale_add_(p, beta, r)
             pp = rr + beta * beta * pp  # r is orthogonal to the last p
             alive = alive & (rr > limit)
+        nonpositive = (rr > limit) > alive  # only a flat p ends a solve above the limit, and r stays as it was then
         residual = torch.as_tensor(rr, dtype=size.dtype, device=size.device).sqrt()
         failed = torch.as_tensor(nonpositive, device=size.device)
         return SolveResult(layout.unpack(z), residual, size, products, tol, failed, torch.zeros_like(failed))
@@ -174,8 +174,8 @@ def _ratio(a: Scalar, b: Scalar) -> Scalar:
     return a / b if isinstance(b, Tensor) or b else math.nan
 
 
-def _where(condition: bool | Tensor, a: Scalar) -> Scalar:
-    return torch.where(condition, a, 0.0) if isinstance(condition, Tensor) else a if condition else 0.0
+def _where(condition: bool | Tensor, a: Scalar, b: Scalar) -> Scalar:
+    return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
 
 
 def _maximum(a: Scalar, b: Scalar) -> Scalar:

@@ -14,6 +14,7 @@ Hyperparameter = float | Callable[[nn.Module], Any]
 
 
 def descend(y: Tensors, direction: Tensors, lr: Any, factor: float = 1.0) -> Tensors:
+    """y - lr factor direction, lr one value or one per tensor."""
     if isinstance(lr, int | float):
         return tuple(torch.add(p, d, alpha=-lr * factor) for p, d in zip(y, direction, strict=True))
     rates = each(lr, y, "lr")
@@ -21,10 +22,12 @@ def descend(y: Tensors, direction: Tensors, lr: Any, factor: float = 1.0) -> Ten
 
 
 def times(rate: Any, t: Tensor) -> Tensor:
+    """The product of a tensor with a rate on any device."""
     return t * (rate.to(t.device, t.dtype) if isinstance(rate, Tensor) else rate)
 
 
 def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is the number zero, so that its term can be left out."""
     return isinstance(value, int | float) and value == 0
 
 
