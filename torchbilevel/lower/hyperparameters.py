@@ -14,7 +14,7 @@ Hyperparameter = float | Callable[[nn.Module], Any]
 
 
 def descend(y: Tensors, direction: Tensors, lr: Any, factor: float = 1.0) -> Tensors:
-    """y - lr factor direction, lr one value or one per tensor."""
+    """Return y - lr factor direction, lr one value or one per tensor."""
     if isinstance(lr, int | float):
         return tuple(torch.add(p, d, alpha=-lr * factor) for p, d in zip(y, direction, strict=True))
     rates = each(lr, y, "lr")
