@@ -111,7 +111,7 @@ def logistic(name: str, n: int, features: int, device: str, classes: int = 10) -
 
 
 def mlp(name: str, n: int, size: int, widths: tuple[int, ...], device: str) -> Case:
-    """A tanh network on a batch of n weighted training samples; x: one logit per sample."""
+    """A tanh network on one batch out of n training samples; x: the logit of a weight for each sample."""
     layers: list[nn.Module] = []
     for a, b in zip(widths[:-1], widths[1:], strict=True):
         layers += [nn.Linear(a, b), nn.Tanh()]
@@ -186,7 +186,7 @@ def bare(case: Case, products: int) -> list[Tensor]:
     for _ in range(products):
         grad(g_y, y, s, retain_graph=True)
     cross = grad(g_y, x, s)
-    return [c if a is None else a - c for a, c in zip(f_x_y, cross, strict=False)]
+    return [-c if a is None else a - c for a, c in zip(f_x_y[: len(x)], cross, strict=True)]
 
 
 def raw_unrolled(case: Case, steps: int) -> list[Tensor]:

@@ -33,7 +33,7 @@ def test_every_critical_point_of_the_octopus(d: int, L: float) -> None:
     """Hess Phi is diag(2L, ..., -2, ..., 2L) at the saddles and 2L I at the minimum."""
     for kind in (octopus.bilevel, octopus.minimax):
         problem = kind(d, L)
-        for k in range(0, d + 1, 1 if d == 5 else d // 5):
+        for k in range(0, d + 1, 1 if d == 5 else d // 2):
             point = octopus.saddle(k, d)
             assign(problem.upper, point)
             c = certify(problem, grad_tol=1e-3, curvature_tol=1e-2)
@@ -64,7 +64,9 @@ def test_rotated_octopus_and_points_that_are_not_critical(kind: Any) -> None:
     x = octopus.random_start(d, 0).requires_grad_()
     gradient = torch.autograd.grad(octopus.octopus(x, L), x)[0]
     assert c.grad_norm == pytest.approx(float(gradient.norm()))
-    assert float(gradient @ flat(c.eigenvector)) <= 0
+    for seed in range(6):  # Lanczos knows no sign
+        other = certify(problem, grad_tol=1e-3, curvature_tol=1e-2, seed=seed)
+        assert float(gradient @ flat(other.eigenvector)) < 0
     assert c.local_minimax is (False if problem.minimax else None)
 
 
@@ -145,6 +147,9 @@ def test_a_gradient_known_too_coarsely_is_undecided() -> None:
     sloppy = certify(p.problem, grad_tol=exact, **options)
     assert sloppy.verdict == UNDECIDED
     assert "too coarse" in sloppy.reason
+    for share in (-0.5, 0.5):
+        grad_tol = sloppy.grad_norm + share * sloppy.grad_error
+        assert certify(p.problem, grad_tol=grad_tol, **options).verdict == UNDECIDED
     assert certify(p.problem, grad_tol=exact - 2 * sloppy.grad_error, **options).verdict == MOVING
     assert certify(p.problem, grad_tol=exact + 2 * sloppy.grad_error, **options).verdict == MINIMUM
 

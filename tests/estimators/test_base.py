@@ -269,6 +269,7 @@ def test_cold_calls_are_all_alike(name: str) -> None:
     results = []
     for _ in range(3):
         value = estimator.backward(**data)
+        assert estimator.memory.z is None and estimator.memory.solver_state is None
         results.append((value, *gradients(estimator), flat(estimator.problem.y).clone()))
         for p in estimator.problem.upper_parameters:
             p.grad = None
@@ -370,10 +371,11 @@ def test_a_resumed_run_is_bitwise_the_same(name: str) -> None:
         step(whole)
     file.seek(0)
     checkpoint = torch.load(file, weights_only=True)
-    resumed, _ = case(name)
+    problem = case(name)[0].problem
     with torch.no_grad():
-        for p in resumed.problem.lower_parameters:
+        for p in problem.lower_parameters:
             p.fill_(7.0)
+    resumed = ALL[name]().bind(problem)
     resumed.problem.upper.load_state_dict(checkpoint["upper"])
     resumed.load_state_dict(checkpoint["estimator"])
     with pytest.raises(RuntimeError, match="no backward yet .or none since the checkpoint"):
@@ -511,6 +513,19 @@ def test_nothing_changes_where_a_minimax_loss_is_not_finite(
         with pytest.raises(FloatingPointError, match="the lower variables y are not finite after 3 steps"):
             estimator.refresh()
     assert everything(estimator) == before
+
+
+def test_a_gradient_in_y_alone_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hypergradient is finite then, and y is left alone: only the next step of y would break."""
+    upper, lower = (nn.Linear(2, 2, bias=False).double() for _ in range(2))
+    problem = MinimaxProblem(
+        upper, lower, lambda upper, lower, batch: upper.weight.sum() - Cliff.apply(lower.weight).square().sum()
+    )
+    estimator = Danskin(None).bind(problem)
+    estimator.backward()
+    monkeypatch.setattr(Cliff, "where", "gradient")
+    with pytest.raises(FloatingPointError, match="the gradient of the lower loss is not finite"):
+        estimator.backward()
 
 
 @pytest.mark.parametrize("solver", [CG(3), CG(3, None), Neumann(40, 0.3), Direct()], ids=str)

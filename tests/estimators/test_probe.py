@@ -69,7 +69,7 @@ def test_calls_commit_nothing_and_agree(pair: tuple[Estimator, Data]) -> None:
 
 
 def test_the_first_call_where_backward_was_costs_nothing(pair: tuple[Estimator, Data]) -> None:
-    estimator, _ = pair
+    estimator, data = pair
     assert estimator.last is not None
     probe, kept, counts = estimator.probe(), gradients(estimator), estimator.counts.state_dict()
     value = probe()
@@ -78,7 +78,8 @@ def test_the_first_call_where_backward_was_costs_nothing(pair: tuple[Estimator, 
     probe()
     assert estimator.counts.state_dict() != counts
     # after a step, or with another y, the last value is out of date
-    for change in (lambda: move(estimator, 0), estimator.refresh):
+    for change in (estimator.refresh, lambda: move(estimator, 0)):
+        estimator.backward(**data)
         change()
         counts = estimator.counts.state_dict()
         estimator.probe()()

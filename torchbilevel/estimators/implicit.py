@@ -103,8 +103,7 @@ class Implicit(Estimator):
     def evaluate(self, x: Tensors, y: Tensors, memory: Memory, samples: Samples) -> Evaluation:
         """Move y, then differentiate implicitly."""
         lower = self.solve_lower(x, y, memory, samples.lower)
-        z = memory.z if self.warm_start and self.warm_start_adjoint else None
-        return implicit_field(self.oracle, x, lower.y, z, samples, self.linear_solver, lower)
+        return implicit_field(self.oracle, x, lower.y, memory.z, samples, self.linear_solver, lower)
 
     def advance(self, evaluation: Evaluation) -> Memory:
         """The memory after a ``backward``; it holds z only where the next solve starts from it."""
