@@ -51,7 +51,7 @@ CAP = 5000
 class Run:
     """One run, and what became of it.
 
-    ``outcome``: what the point that passed is, "saddle" or "minimum"; "none" if the run was cut off before. ``refuted``:
+    ``outcome``: what the point that passed is, "saddle" or "minimum"; "none" if the run was cut off. ``refuted``:
     claims that ``verify=`` took back on the way. ``gradients`` and ``products`` are totals, with those of certificates;
     values of f count as gradients.
     """

@@ -165,7 +165,7 @@ def draw(runs: list[Run], steps: int, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run, print, draw."""
-    parser = arguments("AIDBiO against PerturbedAID on the bilevel octopus.", seeds=3)
+    parser = arguments("AIDBiO against PerturbedAID on the bilevel octopus.", seeds=5)
     parser.add_argument("--L", type=float, nargs="+", default=[1.0], help="curvatures; the step size is 1/(4L)")
     parser.add_argument("--steps", type=int, default=800, help="outer iterations of each run")
     options = parser.parse_args(argv)

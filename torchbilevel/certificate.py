@@ -18,7 +18,7 @@ from torchbilevel.lanczos import Eigenpair, smallest_eigenpair
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Samples
 from torchbilevel.tensors import Tensors, dot, flatten, mix_seed, norm, scale, unflatten, zeros
-from torchbilevel.verdict import Verdict, judge, obstacle, positive_definite
+from torchbilevel.verdict import Verdict, disagreement, judge, obstacle, positive_definite
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,8 @@ def certify(
         The certificate; ``print`` shows it as a table.
 
     Cost: a few Newton steps for y; Lanczos on g_yy; per Lanczos step on hess Phi one product with it (two linear solves
-    and three reverse sweeps; minimax one and two). Memory: the basis.
+    and three reverse sweeps; minimax one and two); two more gradients of Phi, with which one product is compared.
+    Memory: the basis.
 
     Reference: Xian, Huang and Huang, definitions 1 and 2 (local Nash equilibria and minimax points); Jin, Netrapalli
     and Jordan, ICML 2020 (their second-order conditions); Nesterov and Polyak, 2006 (epsilon_H = sqrt(rho epsilon)).
@@ -211,7 +212,7 @@ def certify_samples(
                 and (not problem.minimax or value < 0 or value > error or error <= 0.1 * bound)
             ),
         )
-        reason = obstacle(operator, y_pair, pair.value)
+        reason = obstacle(operator, y_pair, pair.value) or disagreement(operator, draw())
     verdict, reason = judge(operator, grad_norm, grad_tol, pair, curvature_tol, reason)
     if problem.minimax and verdict == "not stationary":
         minimax = nash = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchbilevel.derivatives import Oracle, reached, scalar, vjp
 from torchbilevel.modules import ModulePair
 from torchbilevel.samples import Sample, Samples
-from torchbilevel.tensors import Tensors, is_finite, leaves
+from torchbilevel.tensors import Tensors, detach, is_finite, leaves, norm, numel, scale, sub
 
 
 def check_problem(problem: Any, pair: ModulePair, samples: Samples) -> None:
@@ -26,10 +27,11 @@ def check_problem(problem: Any, pair: ModulePair, samples: Samples) -> None:
         ValueError: says what is wrong; see ``Problem.check``.
     """
     for side, now, then in zip(("upper", "lower"), pair.trainable(), (pair.x, pair.y), strict=True):
-        if list(now) != list(then):
+        if list(now) != list(then) or any(now[name] is not then[name] for name in now):
             raise ValueError(
-                f"{side} had the trainable parameters {list(then)} when the problem was made and has {list(now)} now; "
-                f"freeze parameters first, then make the problem"
+                f"{side} had the trainable parameters {list(then)} when the problem was made and has {list(now)} now, "
+                f"or others in their place; "
+                f"freeze or replace parameters first, then make the problem"
             )
     start = problem.start(problem.x)
     if start is not None and not is_finite(start):
@@ -93,11 +95,31 @@ def _check_second_derivatives(problem: Any, x: Tensors, y: Tensors, sample: Samp
             "lower_loss has first or second derivatives that are not finite at the current point (a square root or "
             "norm at zero?)"
         )
+    _compare_with_differences(problem, x, y, products[: len(y)], batch, seed)
     if _is_cut(gradient):
         raise RuntimeError(
             "lower_loss is not twice differentiable (an autograd.Function in it is marked once_differentiable, and "
             "autograd would pass over its second derivative in silence); replace that operation by one that has a "
             "second derivative"
+        )
+
+
+def _compare_with_differences(problem: Any, x: Tensors, y: Tensors, product: Tensors, batch: Any, seed: int) -> None:
+    """Warn where g_yy times ones is far from a difference of gradients: autograd can be wrong in silence."""
+    eps, oracle = max(torch.finfo(t.dtype).eps for t in y), Oracle(problem)
+    step = eps ** (1 / 3) * max(1.0, float(norm(y))) / numel(y) ** 0.5
+    ends = []
+    for h in (step, -step):
+        moved = leaves(tuple(t + h for t in y))
+        ends.append(detach(oracle.gradient_graph(x, moved, moved, batch, seed)))
+    difference = scale(1 / (2 * step), sub(*ends))
+    error, noise = float(norm(sub(product, difference))), 100 * eps * float(norm(ends[0])) / step
+    if error > 0.05 * float(norm(difference)) + 10 * eps ** (1 / 3) * float(norm(product)) + noise:
+        warnings.warn(
+            "a product with the second derivative of lower_loss is far from a difference of its gradients: either it "
+            "is not smooth at the current point (ReLU), or some operation has wrong second derivatives in torch "
+            "(parametrizations.weight_norm has in some releases): write it out in elementary operations",
+            stacklevel=4,
         )
 
 

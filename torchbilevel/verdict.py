@@ -6,9 +6,11 @@ import math
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from torchbilevel.curvature import HessianOperator
 from torchbilevel.lanczos import Eigenpair
+from torchbilevel.tensors import axpy, flatten, norm, unflatten
 
 Verdict = Literal["epsilon-local minimum", "strict saddle", "not stationary", "undecided"]
 
@@ -36,6 +38,35 @@ def obstacle(operator: HessianOperator, y_pair: Eigenpair | None, *numbers: floa
     if not all(map(math.isfinite, (*numbers, operator.gradient_error, float(operator.value)))):
         return "a number is not finite"
     return ""
+
+
+def disagreement(operator: HessianOperator, u: Tensor) -> str:
+    """Compare one product with a difference of exact gradients, since autograd can be wrong in silence.
+
+    torch's fused LayerNorm, BatchNorm and weight_norm have wrong second or third derivatives in some releases, and a
+    once-differentiable function drops its curvature.
+
+    Args:
+        operator: hess Phi.
+        u: a direction drawn at random, shape (n,).
+
+    Returns:
+        What disagrees, in words, empty if nothing does. Cost: two gradients of Phi and one product.
+    """
+    eps, size = torch.finfo(u.dtype).eps, float(norm(operator.x))
+    u, step = u / u.norm(), eps ** (1 / 3) * max(1.0, size)
+    ends = [operator.at(axpy(h, unflatten(u, operator.x), operator.x)) for h in (step, -step)]
+    difference = (flatten(ends[0].gradient) - flatten(ends[1].gradient)) / (2 * step)
+    product = operator.matvec(u)
+    error, length = float((product - difference).norm()), float(product.norm())
+    noise = sum(end.gradient_error + 100 * eps * float(norm(end.gradient)) for end in ends) / step
+    if error <= 0.05 * float(difference.norm()) + 10 * eps ** (1 / 3) * length + noise:
+        return ""
+    return (
+        f"a product with hess Phi is {error / max(length, eps):.0%} off a difference of grad Phi: either Phi is not "
+        f"smooth here (ReLU), or some operation has wrong higher derivatives in torch (fused LayerNorm and BatchNorm "
+        f"do): write it out in elementary operations"
+    )
 
 
 def judge(
