@@ -88,6 +88,8 @@ class Method(Facade):
     ) -> None:
         require_pair(problem, estimator, rule)
         if verify is not None:
+            if not isinstance(verify, Verify):
+                raise TypeError(f"verify must be Verify(step_length=...) or None, got {verify!r}")
             verify.require(problem, rule)
         self.problem, self.estimator, self.verify = problem, estimator, verify
         self.certificate: Certificate | None = None

@@ -151,4 +151,6 @@ class PerturbedGDmax(Method):
 
 def _with_tolerance(verify: Verify | None, grad_tol: float) -> Verify | None:
     """The rule tests 4/5 epsilon; the certificate is about epsilon."""
-    return verify if verify is None or verify.grad_tol is not None else replace(verify, grad_tol=grad_tol)
+    if not isinstance(verify, Verify) or verify.grad_tol is not None:
+        return verify
+    return replace(verify, grad_tol=grad_tol)

@@ -93,7 +93,8 @@ class NegativeCurvature(CurvatureSearch):
         tol = self.curvature_tol
 
         def enough(value: float, residual: float, error: float) -> bool:
-            return value - error >= -tol or residual <= _RESIDUAL * max(abs(value), tol)
+            # A pair that has converged above -tol need not be the smallest: only the error bar can show that.
+            return value - error >= -tol or (value < -tol and residual <= _RESIDUAL * abs(value))
 
         draw = trials.draw(1.0)
         product = self._exact(trials) if hasattr(trials.closure, "hvp") else self._differences(trials)
