@@ -303,3 +303,23 @@ def test_other_errors_of_the_loss_come_through_as_they_are() -> None:
 def test_constraint_on_the_lower_variables_of_a_bilevel_problem() -> None:
     with pytest.raises(ValueError, match="projection= constrains y, .*softplus.* MinimaxProblem"):
         make(projection=projections.simplex())
+
+
+class WrongSquare(torch.autograd.Function):
+    """t^2 whose derivative of the derivative is wrong: autograd sees 3 where 2 is right."""
+
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(t)
+        return t * t
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        (t,) = ctx.saved_tensors
+        return g * (3 * t - t.detach())
+
+
+def test_wrong_second_derivatives_are_warned_of() -> None:
+    problem = make(lambda up, lo, b: good(up, lo, b) + WrongSquare.apply(lo.weight).sum())
+    with pytest.warns(UserWarning, match="far from a difference of its gradients"):
+        problem.check()

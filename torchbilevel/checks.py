@@ -95,19 +95,19 @@ def _check_second_derivatives(problem: Any, x: Tensors, y: Tensors, sample: Samp
             "lower_loss has first or second derivatives that are not finite at the current point (a square root or "
             "norm at zero?)"
         )
-    _compare_with_differences(problem, x, y, products[: len(y)], batch, seed)
     if _is_cut(gradient):
         raise RuntimeError(
             "lower_loss is not twice differentiable (an autograd.Function in it is marked once_differentiable, and "
             "autograd would pass over its second derivative in silence); replace that operation by one that has a "
             "second derivative"
         )
+    _compare_with_differences(problem, x, y, products[: len(y)], batch, seed)
 
 
 def _compare_with_differences(problem: Any, x: Tensors, y: Tensors, product: Tensors, batch: Any, seed: int) -> None:
     """Warn where g_yy times ones is far from a difference of gradients: autograd can be wrong in silence."""
     eps, oracle = max(torch.finfo(t.dtype).eps for t in y), Oracle(problem)
-    step = eps ** (1 / 3) * max(1.0, float(norm(y))) / numel(y) ** 0.5
+    step = eps ** (1 / 3) * max(1.0, float(norm(detach(y)))) / numel(y) ** 0.5
     ends = []
     for h in (step, -step):
         moved = leaves(tuple(t + h for t in y))
