@@ -97,5 +97,5 @@ def test_a_copy_keeps_the_samples_and_leaves_the_sources() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True])
 def test_sizes_out_of_range(size: Any) -> None:
-    with pytest.raises(ValueError, match=f"the batch size hvp must be a positive integer or None, got {size}"):
+    with pytest.raises(ValueError, match=rf"hvp_batch_size \(hvp\) must be a positive integer or None, got {size}"):
         BatchSizes(hvp=size)

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "torchbilevel"
 
 ORDER = (
     "__init__",
+    "trace",
     "methods",
     "method",
     "pairing",
@@ -32,6 +33,7 @@ ORDER = (
     "checks",
     "copies",
     "modules",
+    "tasks",
     "oracle",
     "derivatives",
     "counts",
@@ -41,6 +43,7 @@ ORDER = (
     "decay",
     "projections",
     "lanczos",
+    "blocks",
     "tensors",
 )
 BELOW = {layer: set(ORDER[i + 1 :]) for i, layer in enumerate(ORDER)}
@@ -48,7 +51,7 @@ for _layer in ("__init__", "methods", "method", "verify"):
     BELOW[_layer].add("optim")
 BELOW["optim"] = {"lanczos", "tensors"}
 
-OWNER = {"functional_call": "modules", "autograd.grad": "derivatives"}
+OWNER = {"functional_call": "tasks", "autograd.grad": "derivatives"}
 
 
 def imports_of(tree: ast.Module, path: str) -> list[tuple[str, str, int]]:
@@ -140,7 +143,7 @@ def test_planted_violation_is_caught(path: str, source: str) -> None:
         ("method.py", "from torchbilevel import optim\nfrom torchbilevel.estimators.base import Estimator"),
         ("estimators/implicit.py", "from . import base\nfrom .base import Estimator\nfrom ..lower import GD"),
         ("optim/neon.py", "import math\nimport torch\nfrom .base import Rule\nfrom ..tensors import dot"),
-        ("modules.py", "from torch.func import functional_call, grad\nfunctional_call(m, p, a)"),
+        ("tasks.py", "from torch.func import functional_call, grad\nfunctional_call(m, p, a)"),
         ("derivatives.py", "import torch\ntorch.autograd.grad(f, x)"),
         ("lower.py", "parameter.grad = None"),
     ],

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
-import math
 import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -233,48 +231,7 @@ def test_adam_with_displacements_leaves_the_saddle_where_adam_stays() -> None:
     assert values[1] == pytest.approx(-2 * octopus.drop(1.0, 1.0), rel=0.05)  # past the next saddle, at the minimum
 
 
-def test_a_closure_is_called_once_first_and_its_loss_returned() -> None:
-    (method, data), (twin, _) = FIVE["PerturbedAID"](), FIVE["PerturbedAID"]()
-    calls = []
-
-    def closure() -> Tensor:
-        calls.append(method.steps)
-        method.zero_grad()
-        return method.backward(**data)
-
-    with torch.no_grad():
-        losses = [method.step(closure).item() for _ in range(7)]
-    assert losses == advance(twin, data, 7) and calls == list(range(7))
-    assert plain(method.problem.x) == plain(twin.problem.x)
-
-
 # --- groups and schedules --------------------------------------------------------------------------------------------
-
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: min(1.0, t / 4)),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1.0),
-}
-
-
-@every_method
-@pytest.mark.parametrize("scheduler", SCHEDULERS.values(), ids=SCHEDULERS.keys())
-def test_a_scheduler_drives_the_rule(make: Callable[[], Case], scheduler: Callable[..., Any]) -> None:
-    (method, data), (twin, _) = make(), make()
-    other = torch.optim.SGD([torch.zeros(1)], lr=method.param_groups[0]["lr"])
-    mine, theirs = scheduler(method), scheduler(other)
-    rates = []
-    for _ in range(8):
-        rates.append(other.param_groups[0]["lr"])
-        twin.rule.param_groups[0]["lr"] = rates[-1]
-        losses = advance(method, data, 1)
-        assert losses == advance(twin, data, 1)
-        assert plain(method.problem.x) == plain(twin.problem.x)
-        other.step()
-        for s in (mine, theirs):
-            s.step(*losses if isinstance(s, lr_scheduler.ReduceLROnPlateau) else ())
-    assert len(set(rates)) > 2 and method.rule.param_groups[0]["lr"] == other.param_groups[0]["lr"]
 
 
 def test_each_group_has_its_lr_and_groups_can_be_added() -> None:
@@ -518,18 +475,6 @@ def test_a_cold_start_resumes_too(make: Callable[..., Case]) -> None:
     assert advance(resumed, data, 3) == advance(method, data, 3)
 
 
-@every_case
-def test_loading_neither_changes_nor_keeps_its_argument(make: Callable[[], Case]) -> None:
-    method, data = make()
-    advance(method, data, 7)
-    saved = copy.deepcopy(method.state_dict())
-    before = plain(saved)
-    other = make()[0]
-    other.load_state_dict(saved)
-    advance(other, data, 7)
-    assert plain(saved) == before
-
-
 @every_method
 def test_a_state_dict_is_not_changed_by_the_run_that_goes_on(make: Callable[[], Case]) -> None:
     method, data = make()
@@ -624,18 +569,6 @@ def test_a_copy_in_the_middle_of_a_step_leaves_the_source_alone() -> None:
     assert source.served == 2 and twin.steps == 1 and method.steps == 0
 
 
-@every_case
-def test_pickles_with_importable_losses(make: Callable[[], Case]) -> None:
-    method, data = make()
-    lr_scheduler.StepLR(method, 3, 0.5)
-    advance(method, data, 7)
-    twin = pickle.loads(pickle.dumps(method))
-    method.zero_grad()
-    assert standing(twin) == standing(method) and "step" not in vars(twin)
-    assert advance(twin, data, 6) == advance(method, data, 6)
-    assert standing(twin) == standing(method)
-
-
 def test_a_loss_that_cannot_be_copied_or_pickled_is_refused() -> None:
     q = quadratic_bilevel()
     upper, lower = q.modules()
@@ -645,34 +578,6 @@ def test_a_loss_that_cannot_be_copied_or_pickled_is_refused() -> None:
     holding = BilevelProblem(upper, lower, upper_loss=lambda u, v, b: upper.flat().sum(), lower_loss=q.lower_loss)
     with pytest.raises(ValueError, match="upper_loss captures 'upper'"):
         copy.deepcopy(AIDBiO(holding, 0.1, lower_solver=solver()))
-
-
-@every_case
-def test_hooks_are_called_once(make: Callable[[], Case]) -> None:
-    method, data = make()
-    called: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(optimizer: Any, *_: Any) -> None:
-            assert optimizer is method
-            called.append(name)
-
-        return hook
-
-    method.register_step_pre_hook(note("before step"))
-    method.register_step_post_hook(note("after step"))
-    method.register_state_dict_pre_hook(note("before save"))
-    method.register_state_dict_post_hook(note("after save"))
-    method.register_load_state_dict_pre_hook(note("before load"))
-    method.register_load_state_dict_post_hook(note("after load"))
-    advance(method, data, 2)
-    assert called == ["before step", "after step"] * 2
-    called.clear()
-    saved = method.state_dict()
-    assert called == ["before save", "after save"]
-    called.clear()
-    method.load_state_dict(saved)
-    assert called == ["before load", "after load"]
 
 
 def test_hooks_may_replace_the_state_dict() -> None:
@@ -688,17 +593,6 @@ def test_hooks_may_replace_the_state_dict() -> None:
 
 
 # --- what cannot be, and what must not happen ------------------------------------------------------------------------
-
-
-@every_method
-def test_grad_scaler_is_refused_with_the_reason(make: Callable[[], Case]) -> None:
-    method, data = make()
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(method.backward(**data))
-    x = plain(method.problem.x)
-    with pytest.raises(TypeError, match="GradScaler scales .* bfloat16 autocast"):
-        scaler.step(method)
-    assert plain(method.problem.x) == x
 
 
 @every_case
@@ -726,20 +620,6 @@ def test_a_step_with_lr_zero_does_not_even_project() -> None:
     assert flat(problem.x).abs().max() <= 0.01
 
 
-@every_case
-def test_data_that_are_not_finite_change_nothing(make: Callable[[], Case]) -> None:
-    (method, data), (twin, _) = make(), make()
-    bad = {name: tuple(t.clone().fill_(math.nan) for t in batch) for name, batch in data.items()}
-    for run in (method, twin):
-        advance(run, data, 7)
-    before = standing(method)
-    with pytest.raises(FloatingPointError):
-        method.backward(**bad)
-    assert standing(method) == before
-    assert advance(method, data, 7) == advance(twin, data, 7)
-    assert standing(method) == standing(twin)
-
-
 @every_method
 def test_an_exhausted_source_changes_nothing(make: Callable[[], Case]) -> None:
     method, data = make()
@@ -764,23 +644,6 @@ def test_the_global_random_state_is_neither_read_nor_changed(make: Callable[[], 
         assert torch.equal(torch.get_rng_state(), before)
         ends.append(standing(method))
     assert ends[0] == ends[1]
-
-
-@every_case
-def test_memory_is_flat(make: Callable[[], Case]) -> None:
-    method, data = make()
-    method.param_groups[0]["lr"] *= 0.1
-    counts = []
-    advance(method, data, 10)
-    gc.collect()
-    gc.disable()  # what only the cycle collector could free would show
-    try:
-        for _ in range(2):
-            advance(method, data, 10)
-            counts.append(sum(issubclass(type(o), Tensor) for o in gc.get_objects()))
-    finally:
-        gc.enable()
-    assert abs(counts[1] - counts[0]) < 10  # points are kept or not, but no tensor for each step
 
 
 def test_shows_its_parts() -> None:

@@ -70,6 +70,8 @@ from torchbilevel.problem import BilevelProblem, MinimaxProblem, NonconvexLinear
 from torchbilevel.samples import Batches, Tasks
 from torchbilevel.self_check import HypergradientReport, check_hypergradient
 from torchbilevel.sources import sample, stream
+from torchbilevel.tasks import TaskBatch
+from torchbilevel.trace import Trace
 from torchbilevel.verify import Verify
 
 __version__ = "0.1.0.dev0"
@@ -148,8 +150,10 @@ __all__ = [
     "Storm",
     "stream",
     "SUSTAIN",
+    "TaskBatch",
     "Tasks",
     "TorchOptim",
+    "Trace",
     "TTSA",
     "Unrolled",
     "Verify",

@@ -66,6 +66,8 @@ def check_problem(problem: Any, pair: ModulePair, samples: Samples) -> None:
                 f"therefore has no unique minimiser; add a term such as a small L2 penalty, or freeze it"
             )
     _warn_of_cut(problem.upper_value, names[0], (*x, *y), n, samples.upper)
+    if problem.tasks is not None and problem.tasks > 1:
+        _check_tasks(problem, names[1], x, y, samples.lower)
     if not problem.minimax:
         _check_second_derivatives(problem, x, y, samples.lower)
 
@@ -128,6 +130,21 @@ def _check_second_derivatives(problem: Any, x: Tensors, y: Tensors, sample: Samp
             "second derivative"
         )
     _compare_with_differences(problem, x, y, products[: len(y)], batch, seed)
+
+
+def _check_tasks(problem: Any, name: str, x: Tensors, y: Tensors, sample: Sample) -> None:
+    """Raise where moving y of one half of the tasks changes the gradient of the other half."""
+    _, batch, seed = next(sample.parts())
+    half = problem.tasks // 2
+    moved = tuple(torch.cat((torch.ones_like(t[:half]), torch.zeros_like(t[half:]))) for t in y)
+    product = vjp(Oracle(problem).gradient_graph(x, y, y, batch, seed), y, moved, loss=name)[0]
+    across, eps = float(norm(tuple(t[half:] for t in product))), max(torch.finfo(t.dtype).eps for t in y)
+    if across > 1e3 * eps * float(norm(product)):
+        raise ValueError(
+            f"{name} couples the tasks of the TaskBatch: moving y of tasks 0 to {half - 1} changes the gradient in y "
+            f"of the others (by {across:.1e}); make it the sum of losses that each depend on one task, such as "
+            f"lower.losses(...).sum()"
+        )
 
 
 def _compare_with_differences(problem: Any, x: Tensors, y: Tensors, product: Tensors, batch: Any, seed: int) -> None:

@@ -45,6 +45,7 @@ def vjp(
         if explained is error:
             raise
         raise explained from error
+    _require_dense(products, loss)
     found = tuple([p is not None for p in products])
     if not all(found):
         products = tuple(torch.zeros_like(t) if p is None else p for p, t in zip(products, inputs, strict=True))
@@ -62,7 +63,18 @@ def differentiable_gradient(value: Tensor, inputs: Sequence[Tensor]) -> Tensors:
     """The gradient of a scalar with its graph; zeros where an input is not reached."""
     if not value.requires_grad:
         return zeros(inputs)
-    return torch.autograd.grad(value, list(inputs), create_graph=True, allow_unused=True, materialize_grads=True)
+    gradient = torch.autograd.grad(value, list(inputs), create_graph=True, allow_unused=True, materialize_grads=True)
+    _require_dense(gradient, "a loss")
+    return gradient
+
+
+def _require_dense(products: Sequence[Tensor | None], loss: str) -> None:
+    if any([p is not None and p.layout is not torch.strided for p in products]):
+        shape = next(tuple(p.shape) for p in products if p is not None and p.layout is not torch.strided)
+        raise ValueError(
+            f"derivatives of {loss} must be dense, got a sparse one of a parameter of shape {shape}: give nn.Embedding "
+            "sparse=False"
+        )
 
 
 def scalar(value: Any, name: str) -> Tensor:

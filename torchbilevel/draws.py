@@ -10,6 +10,15 @@ from torchbilevel.tensors import mix_seed
 
 Role = Literal["upper", "lower", "jvp", "hvp"]
 _ROLES: tuple[Role, ...] = ("upper", "lower", "jvp", "hvp")
+# A size by its name here and, for those who have never met this class, as an argument of a method.
+_ARGUMENTS = {
+    "upper": "batch_size (upper)",
+    "lower": "lower_batch_size (lower)",
+    "jvp": "jvp_batch_size (jvp)",
+    "hvp": "hvp_batch_size (hvp)",
+    "anchor": "anchor_size (anchor)",
+    "lower_anchor": "lower_anchor_size (lower_anchor)",
+}
 
 
 @dataclass(frozen=True)
@@ -40,10 +49,10 @@ class BatchSizes:
     reuse_batch: bool = False
 
     def __post_init__(self) -> None:
-        for name in (*_ROLES, "anchor", "lower_anchor"):
+        for name in _ARGUMENTS:
             size = getattr(self, name)
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-                raise ValueError(f"the batch size {name} must be a positive integer or None, got {size!r}")
+                raise ValueError(f"{_ARGUMENTS[name]} must be a positive integer or None, got {size!r}")
 
     def size(self, role: Role, anchor: bool) -> int | None:
         """The number of data points that a use draws.

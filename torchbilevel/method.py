@@ -14,7 +14,7 @@ from torchbilevel.constraint import constrained
 from torchbilevel.decay import decayed
 from torchbilevel.estimators.base import Estimator
 from torchbilevel.facade import Facade
-from torchbilevel.optim.base import Claim, Event, Rule
+from torchbilevel.optim.base import Claim, Event, Rule, run_eagerly, step_within
 from torchbilevel.pairing import require_pair, require_upper
 from torchbilevel.problem import Problem
 from torchbilevel.tensors import Tensors, clone, mix_seed
@@ -158,9 +158,9 @@ class Method(Facade):
             if _probes(rule):
                 self._probing_step()
             elif getattr(rule, "value_test", False):
-                rule.step(self._value)
+                step_within(rule, self._value)
             else:
-                rule.step()
+                step_within(rule)
         if isinstance(rule, Rule):
             news = rule.events[seen:]
             self._follow(rule, answer, news, step)
@@ -256,6 +256,11 @@ class Method(Facade):
         self._y_anchor, self._y_answer = (self._place(memory[name]) for name in ("y_anchor", "y_answer"))
         self._forget()
 
+    def _patch_step_function(self) -> None:
+        # torch calls this wherever an optimizer comes into being: built, copied or unpickled.
+        run_eagerly(type(self))
+        super()._patch_step_function()
+
     def __getstate__(self) -> dict[str, Any]:
         # The backwards since the last step stay behind: torch does not copy their gradients.
         return {**super().__getstate__(), "_task": None, "_loss": 0.0, "_backwards": 0}
@@ -295,7 +300,7 @@ class Method(Facade):
         before = [(p, p.detach().clone(), p.grad) for p in parameters]
         probe: Callable[[], Any] = self.estimator.probe()
         try:
-            self.rule.step(probe)
+            step_within(self.rule, probe)
         except Exception:
             with torch.no_grad():
                 for p, x, gradient in before:

@@ -18,6 +18,7 @@ class Losses(Protocol):
     """What derivatives are taken of: the two losses as functions of tuples of tensors, batch and seed."""
 
     minimax: bool
+    tasks: int | None
 
     def upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
         """The upper loss f(x, y)."""

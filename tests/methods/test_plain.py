@@ -641,23 +641,6 @@ def test_copies_and_resumed_runs_go_on_bitwise(build: Build, steps: int) -> None
         assert other.result().claim == rule.result().claim
 
 
-@every_rule
-def test_schedulers_and_hooks_act_once_per_step(build: Build) -> None:
-    x, calls = at(0.3, 0.2), []
-    rule = build([x])
-    lr = rule.param_groups[0]["lr"]
-    rule.register_step_post_hook(lambda optimizer, args, kwargs: calls.append(optimizer))
-    schedule = torch.optim.lr_scheduler.StepLR(rule, 1, gamma=0.5)
-    lengths = []
-    for _ in range(3):
-        path = walk(rule, x, 1)
-        lengths.append(float((path[1] - path[0]).norm()) / (lr if "Pullback" in type(rule).__name__ else 1.0))
-        if "SSRGD" in type(rule).__name__:
-            lengths[-1] /= lr * float(x.grad.norm())
-        schedule.step()
-    assert lengths == pytest.approx([1.0, 0.5, 0.25], rel=1e-9) and calls == [rule] * 3
-
-
 # Arguments
 
 

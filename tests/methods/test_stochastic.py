@@ -282,7 +282,7 @@ def test_what_cannot_work_is_refused(name: str) -> None:
         kind(noisy.problem(), -1, lower_solver=GD(0.1, 1 + (name == "VRBO")), linear_solver=SERIES, **extra)
     with pytest.raises(TypeError, match="linear_solver must be a linear solver"):
         kind(noisy.problem(), 0.1, lower_solver=GD(0.1, 1 + (name == "VRBO")), linear_solver=0.1, **extra)
-    with pytest.raises(ValueError, match="the batch size upper must be a positive integer or None, got 0"):
+    with pytest.raises(ValueError, match=r"batch_size \(upper\) must be a positive integer or None, got 0"):
         kind(noisy.problem(), 0.1, lower_solver=GD(0.1, 2), linear_solver=SERIES, batch_size=0, **extra)
 
 

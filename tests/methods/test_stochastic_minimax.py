@@ -464,7 +464,7 @@ def test_a_step_that_draws_several_samples_refuses_a_plain_batch(name: str) -> N
         (lambda: sreda(period=0), ValueError, "period must be a positive integer, got 0"),
         (lambda: sreda(selects="next"), ValueError, "selects must be one of 'argmin', 'last', got 'next'"),
         (lambda: sreda(max_rate=0.0), ValueError, "max_rate must be positive and finite, or None .* got 0.0"),
-        (lambda: sreda(anchor_size=0), ValueError, "batch size anchor must be a positive integer or None, got 0"),
+        (lambda: sreda(anchor_size=0), ValueError, r"anchor_size \(anchor\) must be a positive integer or None, got 0"),
         (lambda: sreda(initial_solver=PiSARAH), TypeError, "initial_solver must be a lower solver .* got PiSARAH"),
         (lambda: acc_mda(weight=0.0), ValueError, r"weight must be in \(0, 1\], got 0.0"),
         (lambda: acc_mda(decay=0.5), TypeError, "decay must be Decay, .* got 0.5"),

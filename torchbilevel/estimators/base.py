@@ -87,6 +87,7 @@ class Estimator(ABC):
             initial_solver,
             probe_solver,
             warm_start,
+            seed,
         )
         self.lower_solver, self.initial_solver, self.probe_solver = lower_solver, initial_solver, probe_solver
         self.recursion = Plain() if recursion is None else recursion
@@ -145,6 +146,8 @@ class Estimator(ABC):
             )
         if self._problem is None:
             self.refuse(problem)
+            if problem.tasks is not None and self.lower_solver is not None:
+                self.lower_solver.refuse_tasks(self.warm_start)
             self._problem, self.oracle = problem, Oracle(problem)
             if not self.warm_start and self.lower_solver is not None and self._reset is None:
                 self._reset = clone(problem.y)
@@ -258,8 +261,9 @@ class Estimator(ABC):
         return {
             "calls": self.memory.calls,
             "z": self.memory.z,
-            "solver_state": self.memory.solver_state,
-            "tracked": dict(self.memory.tracked),
+            # In tuples, which torch.distributed.checkpoint loads whole: their entries are others before the first call.
+            "solver_state": (self.memory.solver_state,),
+            "tracked": tuple(self.memory.tracked.items()),
             "y": clone(self.problem.y),
             "reset": self._reset,
             "counts": self.counts.state_dict(),
@@ -282,10 +286,10 @@ class Estimator(ABC):
         def place(tensors: Tensors | None) -> Tensors | None:
             return None if tensors is None else self.place(tensors)
 
-        solver_state = state["solver_state"]
+        (solver_state,) = state["solver_state"]
         if self.lower_solver is not None:
             solver_state = self.lower_solver.place(solver_state, y)
-        tracked = {name: self.place(tensors) for name, tensors in state["tracked"].items()}
+        tracked = {name: self.place(tensors) for name, tensors in state["tracked"]}
         memory = Memory(int(state["calls"]), place(state["z"]), solver_state, tracked)
         reset = place(state["reset"])
         self.counts.load_state_dict(state["counts"])
@@ -339,7 +343,8 @@ class Estimator(ABC):
         self, solver: LowerSolver, x: Tensors, y: Tensors, state: Any, draws: Draws, first: int = 0
     ) -> LowerResult:
         solver = solver.bind(lambda function: self.problem.call_upper(function, x))
-        return solver.run(LowerGradient(self.oracle, x, draws, first), y, state, self.problem.project_y)
+        gradient = LowerGradient(self.oracle, x, draws, first)
+        return solver.run(gradient, y, state, self.problem.project_y, self.problem.tasks)
 
     def follow(self, x: Tensors, y: Tensors, memory: Memory, draws: Draws) -> tuple[Estimate, LowerResult]:
         """Carry the estimates of the recursion to x and move y; the subclass observes and finishes."""

@@ -49,7 +49,7 @@ def implicit_field(
     value, f_x, f_y, in_f = oracle.upper_gradient(x, y, draw.upper)
     if draw.single:
         graph = oracle.linearize(x, y, draw.lower)
-        solve = linear_solver.drawn(draw.seed).solve(graph.hessian_product, f_y, z)
+        solve = linear_solver.drawn(draw.seed).solve(graph.hessian_product, f_y, z, oracle.losses.tasks)
         product, in_g, g_y = graph.jacobian_product(solve.z), graph.reaches_x, graph.gradient
     else:
         solve = solve_adjoint(oracle, x, y, f_y, z, draw, linear_solver)
@@ -79,14 +79,14 @@ def solve_adjoint(
     """
     solver = linear_solver.drawn(draw.seed)
     if draw.single or not solver.resamples:
-        return solver.solve(oracle.linearize(x, y, draw.hvp()).hessian_product, b, z)
+        return solver.solve(oracle.linearize(x, y, draw.hvp()).hessian_product, b, z, oracle.losses.tasks)
     numbers = count()
 
     def product(s: Tensors) -> Tensors:
         i = next(numbers)
         return oracle.hessian_product(x, y, s, draw.hvp(i, solver.batch_size(i, draw.hvp_size)))
 
-    return solver.solve(product, b, z)
+    return solver.solve(product, b, z, oracle.losses.tasks)
 
 
 class Implicit(Estimator):

@@ -97,7 +97,7 @@ class Penalty(Estimator):
         if self.decay is not None:
             solver = solver.scaled(self.decay.lower(memory.calls))
         penalized = PenalizedGradient(self.oracle, x, draws, first, 1.0 / multiplier)
-        p = clone(solver.run(penalized, memory.tracked.get("p", y), None, self.problem.project_y).y)
+        p = clone(solver.run(penalized, memory.tracked.get("p", y), None, self.problem.project_y, self.problem.tasks).y)
         upper = draws.at(0).upper
         _, f_x, _, in_f = self.oracle.upper_gradient(x, p, upper)
         _, at_p, _, in_g = self.oracle.full_lower_gradient(x, p, draws.at(last).lower)

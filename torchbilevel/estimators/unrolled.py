@@ -75,7 +75,8 @@ class Unrolled(Estimator):
             raise ValueError(
                 f"an unrolled lower solver takes a fixed number of steps; leave tol=None, got tol={lower_solver.tol}"
             )
-        if truncate is not None and not 1 <= truncate <= lower_solver.steps:
+        whole = isinstance(truncate, int) and not isinstance(truncate, bool)
+        if truncate is not None and not (whole and 1 <= truncate <= lower_solver.steps):
             raise ValueError(f"truncate must be between 1 and the solver's {lower_solver.steps} steps, got {truncate}")
         super().__init__(lower_solver, batch_sizes=batch_sizes, warm_start=warm_start, seed=seed)
         self.lower_solver: Unrollable = lower_solver

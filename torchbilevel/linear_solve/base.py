@@ -21,11 +21,12 @@ class SolveResult:
 
     Attributes:
         z: the solution found, of the shapes of b.
-        residual: |b - A z| as the solver knows it without a further product (0-d tensor).
-        scale: |b|, to read the residual against (0-d tensor).
+        residual: |b - A z| as the solver knows it without a further product (0-d tensor; of shape (tasks,), as all the
+            following, where there is a block per task).
+        scale: |b|, to read the residual against.
         iterations: products with A.
         tol: the relative tolerance asked for, or ``None``.
-        nonpositive: whether a direction s with <s, A s> <= 0 was met (0-d bool tensor).
+        nonpositive: whether a direction s with <s, A s> <= 0 was met (bool tensor).
         diverged: whether the residual ended above where it began, in a method that contracts it when its step is right.
     """
 
@@ -39,14 +40,17 @@ class SolveResult:
 
     @property
     def status(self) -> str:
-        """``"converged"``, ``"steps done"``, ``"non-positive curvature"``, ``"diverged"`` or ``"non-finite"``."""
-        if bool(self.nonpositive):
+        """``"converged"``, ``"steps done"``, ``"non-positive curvature"``, ``"diverged"`` or ``"non-finite"``.
+
+        With tasks, what is true of any task, and ``"converged"`` if all have.
+        """
+        if bool(self.nonpositive.any()):
             return "non-positive curvature"
-        if not bool(torch.isfinite(self.residual)):
+        if not bool(torch.isfinite(self.residual).all()):
             return "non-finite"
-        if bool(self.diverged):
+        if bool(self.diverged.any()):
             return "diverged"
-        if self.tol is not None and bool(self.residual <= self.tol * self.scale):
+        if self.tol is not None and bool((self.residual <= self.tol * self.scale).all()):
             return "converged"
         return "steps done"
 
@@ -62,13 +66,15 @@ class LinearSolver(ABC):
     resamples = False
 
     @abstractmethod
-    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
+    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None, tasks: int | None = None) -> SolveResult:
         """Solve A z = b.
 
         Args:
             matvec: the product s -> A s.
             b: right-hand side.
             z0: where to start; ``None`` starts at zero, which costs no product.
+            tasks: the first dimension of all tensors where A has one diagonal block per task (``TaskBatch``): each is
+                then solved as by itself, with products of all at once.
 
         Returns:
             The solution with its residual.

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from torchbilevel.blocks import BlockLayout, choose, norms
 from torchbilevel.linear_solve.base import LinearSolver, MatVec, SolveResult, positive_int
-from torchbilevel.tensors import Layout, Scalar, Tensors, add_scaled_, clone, norm, scale_add_, sub, zeros
+from torchbilevel.tensors import Layout, Scalar, Tensors, add_scaled_, clone, scale_add_, sub, zeros
 
 
 class CG(LinearSolver):
@@ -48,25 +49,26 @@ class CG(LinearSolver):
         return f"CG(max_iter={self.max_iter}, tol={self.tol})"
 
     @torch.no_grad()
-    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
+    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None, tasks: int | None = None) -> SolveResult:
         """Solve A z = b; see the class."""
-        layout, size = Layout(b), norm(b)
+        layout, size = Layout(b) if tasks is None else BlockLayout(b, tasks), norms(b, tasks)
         rhs = layout.pack(b)
         bb = layout.dot(rhs, rhs)
         tol = max(self.tol or 0.0, *(torch.finfo(t.dtype).eps for t in b))
         limit, eps = tol**2 * bb, torch.finfo(size.dtype).eps
-        if z0 is not None and self.tol is not None and not bool(bb > 0):
-            z0 = None  # b = 0 has the solution 0, and no residual but 0 would meet the tolerance
+        if z0 is not None and self.tol is not None:
+            # b = 0 has the solution 0, and no residual but 0 would meet the tolerance.
+            z0 = None if not _any(bb > 0) else z0 if tasks is None else choose(size > 0, z0, None)
         z = zeros(rhs) if z0 is None else clone(layout.pack(z0))
         r = clone(rhs) if z0 is None else sub(rhs, layout.pack(matvec(z0)))
         products = int(z0 is not None)
         p, rr = clone(r), layout.dot(r, r)
         direction = layout.unpack(p)
-        zero = torch.zeros_like(size) if isinstance(rr, Tensor) else 0.0
+        zero = torch.zeros_like(rr) if isinstance(rr, Tensor) else 0.0
         pp, largest, alive = rr, zero, rr > limit
         del rhs  # a copy of b where there are several tensors
         for _ in range(self.max_iter):
-            if self.tol is not None and not bool(alive):
+            if self.tol is not None and not _any(alive):
                 break
             product = layout.pack(matvec(direction))
             products += 1
@@ -87,9 +89,13 @@ class CG(LinearSolver):
             pp = rr + beta * beta * pp  # r is orthogonal to the last p
             alive = alive & (rr > limit)
         nonpositive = (rr > limit) > alive  # only a flat p ends a solve above the limit, and r stays as it was then
-        residual = torch.as_tensor(rr, dtype=size.dtype, device=size.device).sqrt()
-        failed = torch.as_tensor(nonpositive, device=size.device)
+        residual = torch.as_tensor(rr, dtype=size.dtype, device=size.device).sqrt().reshape(size.shape)
+        failed = torch.as_tensor(nonpositive, device=size.device).reshape(size.shape)
         return SolveResult(layout.unpack(z), residual, size, products, tol, failed, torch.zeros_like(failed))
+
+
+def _any(condition: bool | Tensor) -> bool:
+    return bool(condition.any() if isinstance(condition, Tensor) and condition.dim() else condition)
 
 
 def _finite_or_nan(a: Scalar) -> Scalar:

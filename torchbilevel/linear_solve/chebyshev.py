@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from torchbilevel.blocks import norms
 from torchbilevel.linear_solve.base import LinearSolver, MatVec, SolveResult, positive, positive_int
-from torchbilevel.tensors import Tensors, axpy, clone, norm, scale, sub, zeros
+from torchbilevel.tensors import Tensors, axpy, clone, scale, sub, zeros
 
 
 class Chebyshev(LinearSolver):
@@ -44,11 +45,11 @@ class Chebyshev(LinearSolver):
         return f"Chebyshev(steps={self.steps}, mu={self.mu}, smoothness={self.smoothness})"
 
     @torch.no_grad()
-    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
+    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None, tasks: int | None = None) -> SolveResult:
         """Iterate; see the class."""
         theta, delta = (self.smoothness + self.mu) / 2, (self.smoothness - self.mu) / 2
         z, r = (zeros(b), clone(b)) if z0 is None else (z0, sub(b, matvec(z0)))
-        start, rho, p = norm(r), delta / theta, scale(1 / theta, r)
+        start, rho, p = norms(r, tasks), delta / theta, scale(1 / theta, r)
         for k in range(self.steps):
             z, r = axpy(1.0, p, z), sub(r, matvec(p))
             if k < self.steps - 1:
@@ -56,5 +57,7 @@ class Chebyshev(LinearSolver):
                 ahead = 1 / (2 * theta / delta - rho) if delta else 0.0
                 p = axpy(ahead * rho, p, scale(2 * ahead / delta if delta else 1 / theta, r))
                 rho = ahead
-        residual, never = norm(r), torch.zeros_like(start, dtype=torch.bool)
-        return SolveResult(z, residual, norm(b), self.steps + (z0 is not None), None, never, residual > 2 * start)
+        residual, never = norms(r, tasks), torch.zeros_like(start, dtype=torch.bool)
+        return SolveResult(
+            z, residual, norms(b, tasks), self.steps + (z0 is not None), None, never, residual > 2 * start
+        )

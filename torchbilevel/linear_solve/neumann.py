@@ -6,8 +6,9 @@ import math
 
 import torch
 
+from torchbilevel.blocks import norms
 from torchbilevel.linear_solve.base import LinearSolver, MatVec, SolveResult, positive, positive_int
-from torchbilevel.tensors import Tensors, axpy, clone, norm, scale, sub, zeros
+from torchbilevel.tensors import Tensors, axpy, clone, scale, sub, zeros
 
 
 class Neumann(LinearSolver):
@@ -56,17 +57,17 @@ class Neumann(LinearSolver):
         return math.ceil(size * self.steps * (1.0 - self.shrink) ** i)
 
     @torch.no_grad()
-    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
+    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None, tasks: int | None = None) -> SolveResult:
         """Sum the series; see the class."""
         z, r = (zeros(b), clone(b)) if z0 is None else (z0, sub(b, matvec(z0)))
-        start = norm(r)
+        start = norms(r, tasks)
         z = axpy(self.lr, r, z)
         for _ in range(self.steps):
             torch._foreach_sub_(r, matvec(r), alpha=self.lr)
             torch._foreach_add_(z, r, alpha=self.lr)
-        residual, products = norm(r), self.steps + (z0 is not None)
+        residual, products = norms(r, tasks), self.steps + (z0 is not None)
         nonpositive = torch.zeros_like(residual, dtype=torch.bool)
-        return SolveResult(z, residual, norm(b), products, None, nonpositive, residual > start)
+        return SolveResult(z, residual, norms(b, tasks), products, None, nonpositive, residual > start)
 
 
 class RandomTruncation(LinearSolver):
@@ -105,12 +106,12 @@ class RandomTruncation(LinearSolver):
         return solver
 
     @torch.no_grad()
-    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
+    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None, tasks: int | None = None) -> SolveResult:
         """Multiply b by p factors; see the class."""
         p = int(torch.randint(self.steps, (), generator=torch.Generator().manual_seed(self.seed)))
         r = clone(b)
         for _ in range(p):
             torch._foreach_sub_(r, matvec(r), alpha=self.lr)
-        size = norm(b)
+        size = norms(b, tasks)
         never = torch.zeros_like(size, dtype=torch.bool)
-        return SolveResult(scale(self.steps * self.lr, r), size, size, p, None, never, norm(r) > size)
+        return SolveResult(scale(self.steps * self.lr, r), size, size, p, None, never, norms(r, tasks) > size)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from torchbilevel.blocks import norms
 from torchbilevel.linear_solve.base import LinearSolver, MatVec, SolveResult, positive, positive_int
-from torchbilevel.tensors import Tensors, axpy, norm, sub, zeros
+from torchbilevel.tensors import Tensors, axpy, sub, zeros
 
 
 class SGDSolve(LinearSolver):
@@ -38,13 +39,13 @@ class SGDSolve(LinearSolver):
         return f"SGDSolve(steps={self.steps}, lr={self.lr})"
 
     @torch.no_grad()
-    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None) -> SolveResult:
+    def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None, tasks: int | None = None) -> SolveResult:
         """Take the steps; see the class."""
-        z, size = z0, norm(b)
-        start, residual = torch.zeros_like(size) if z0 is None else norm(z0), size
+        z, size = z0, norms(b, tasks)
+        start, residual = torch.zeros_like(size) if z0 is None else norms(z0, tasks), size
         for _ in range(self.steps):
             g = tuple(-t for t in b) if z is None else sub(matvec(z), b)
-            residual = norm(g)
+            residual = norms(g, tasks)
             z = axpy(-self.lr, g, zeros(b) if z is None else z)
         assert z is not None
         never = torch.zeros_like(size, dtype=torch.bool)

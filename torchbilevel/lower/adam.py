@@ -70,6 +70,14 @@ class Adam(Unrollable):
         self.lr, self.betas, self.eps = lr, betas, eps
         self.weight_decay, self.decoupled_weight_decay = weight_decay, decoupled_weight_decay
 
+    def refuse_tasks(self, warm_start: bool) -> None:
+        """Tasks that stop at different times would need different t later; raise a ``ValueError``."""
+        if self.tol is not None and warm_start:
+            raise ValueError(
+                f"Adam counts steps, and the tasks of a TaskBatch would stop at different ones: with tol={self.tol} "
+                f"set warm_start=False, or leave tol out"
+            )
+
     def update(self, y: Tensors, g: Tensors, state: Any) -> tuple[Tensors, Any]:
         """One step; see the class."""
         b1, b2 = self.betas

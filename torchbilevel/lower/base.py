@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from torchbilevel.tensors import Tensors, detach, norm, sub
+from torchbilevel.blocks import choose, norms
+from torchbilevel.tensors import Tensors, detach, sub
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,7 +39,7 @@ class LowerResult:
             Nobody changes it in place.
         steps: steps taken, fewer than asked for only if ``tol`` was met.
         residual: |g_y| (with a projection P, |y - P(y - g_y)|) at the last point where it was tested against ``tol``,
-            ``None`` without ``tol``.
+            ``None`` without ``tol``; of shape (tasks,) where there are tasks.
     """
 
     y: Tensors
@@ -52,8 +53,8 @@ class LowerSolver(ABC):
 
     Attributes:
         steps: steps at most.
-        tol: stop before a step when |g_y| <= tol (with a projection P, when |y - P(y - g_y)| <= tol); ``None`` takes
-            exactly ``steps`` steps.
+        tol: stop before a step when |g_y| <= tol (with a projection P, when |y - P(y - g_y)| <= tol), each task by
+            itself where there are tasks; ``None`` takes exactly ``steps`` steps.
     """
 
     def __init__(self, steps: int, tol: float | None) -> None:
@@ -71,7 +72,14 @@ class LowerSolver(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
     @abstractmethod
-    def run(self, gradient: Gradient, y: Tensors, state: Any, project: Callable[[Tensors], Tensors]) -> LowerResult:
+    def run(
+        self,
+        gradient: Gradient,
+        y: Tensors,
+        state: Any,
+        project: Callable[[Tensors], Tensors],
+        tasks: int | None = None,
+    ) -> LowerResult:
         """Move y, without a graph.
 
         Args:
@@ -79,6 +87,7 @@ class LowerSolver(ABC):
             y: where to start; left as it is.
             state: the solver's memory from an earlier run, or ``None``; left as it is.
             project: projection of y.
+            tasks: the first dimension of all tensors of y where it holds one block per task (``TaskBatch``).
 
         Returns:
             The end point. Cost: one gradient of g per step, one more if ``tol`` is met.
@@ -107,6 +116,13 @@ class LowerSolver(ABC):
     def learned(self) -> tuple[str, ...]:
         """Names of the hyperparameters that are functions of the upper module."""
         return tuple(name for name, value in vars(self).items() if callable(value) and not isinstance(value, type))
+
+    def refuse_tasks(self, warm_start: bool) -> None:  # noqa: B027  (by default all is well)
+        """Raise if the solver cannot treat the tasks of a ``TaskBatch`` each by itself.
+
+        Args:
+            warm_start: whether its memory goes on from run to run.
+        """
 
     def place(self, state: Any, y: Tensors) -> Any:
         """The state of a checkpoint, on the devices of y where ``run`` does not see to that itself."""
@@ -139,17 +155,29 @@ class Unrollable(LowerSolver):
         return map_tensors(lambda t: t.to(next(devices)), state)
 
     @torch.no_grad()
-    def run(self, gradient: Gradient, y: Tensors, state: Any, project: Callable[[Tensors], Tensors]) -> LowerResult:
+    def run(
+        self,
+        gradient: Gradient,
+        y: Tensors,
+        state: Any,
+        project: Callable[[Tensors], Tensors],
+        tasks: int | None = None,
+    ) -> LowerResult:
         """Take the steps; see ``LowerSolver.run``."""
         y, residual = detach(y), None
+        moving: Tensor | None = None  # the tasks that have not met tol yet
         for k in range(self.steps):
             g = gradient(y)[1]
             if self.tol is not None:
-                residual = natural_residual(y, g, project)
-                if bool(residual <= self.tol):
+                here = natural_residual(y, g, project, tasks)
+                residual = here if residual is None or moving is None else torch.where(moving, here, residual)
+                met = residual <= self.tol
+                if bool(met if tasks is None else met.all()):
                     return LowerResult(y, state, k, residual)
-            y, state = self.update(y, g, state)
-            y = project(y)
+                moving = None if tasks is None else ~met
+            ahead, after = self.update(y, g, state)
+            ahead = project(ahead)
+            y, state = (ahead, after) if moving is None else choose(moving, (ahead, after), (y, state))
         return LowerResult(y, state, self.steps, residual)
 
 
@@ -175,7 +203,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return tree
 
 
-def natural_residual(y: Tensors, g: Tensors, project: Callable[[Tensors], Tensors]) -> Tensor:
-    """|y - P(y - g)|, and |g| where P is the identity, without the cancellation."""
+def natural_residual(y: Tensors, g: Tensors, project: Callable[[Tensors], Tensors], tasks: int | None = None) -> Tensor:
+    """|y - P(y - g)|, and |g| where P is the identity, without the cancellation; of each task where there are tasks."""
     moved = sub(y, g)
-    return norm(tuple(s if q is t else p - q for p, s, t, q in zip(y, g, moved, project(moved), strict=True)))
+    return norms(tuple(s if q is t else p - q for p, s, t, q in zip(y, g, moved, project(moved), strict=True)), tasks)

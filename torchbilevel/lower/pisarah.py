@@ -52,7 +52,14 @@ class PiSARAH(LowerSolver):
         self.lr, self.restarts = lr, restarts
 
     @torch.no_grad()
-    def run(self, gradient: Gradient, y: Tensors, state: Any, project: Callable[[Tensors], Tensors]) -> LowerResult:
+    def run(
+        self,
+        gradient: Gradient,
+        y: Tensors,
+        state: Any,
+        project: Callable[[Tensors], Tensors],
+        tasks: int | None = None,
+    ) -> LowerResult:
         """Restart and take the steps; see ``LowerSolver.run``."""
         y = detach(y)
         for first in range(0, self.restarts * self.steps, self.steps):

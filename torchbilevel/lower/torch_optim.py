@@ -25,6 +25,9 @@ class TorchOptim(LowerSolver):
     Raises:
         TypeError: if ``optimizer_class`` is no torch optimizer class.
 
+    On a ``TaskBatch`` it sees the parameters of all tasks, and equals a loop over tasks if its step is entry by
+    entry (that of SGD and Adam is, that of LBFGS is not).
+
     Cost: what the optimizer needs, as a rule one gradient of g per step, and one optimizer made per run.
     """
 
@@ -45,7 +48,21 @@ class TorchOptim(LowerSolver):
         options = {"steps": self.steps, "tol": self.tol, **self.options}
         return f"TorchOptim({self.optimizer_class.__name__}, {', '.join(f'{k}={v}' for k, v in options.items())})"
 
-    def run(self, gradient: Gradient, y: Tensors, state: Any, project: Callable[[Tensors], Tensors]) -> LowerResult:
+    def refuse_tasks(self, warm_start: bool) -> None:
+        """It cannot stop for one task and go on for another; raise a ``ValueError``."""
+        if self.tol is not None:
+            raise ValueError(
+                f"{self} cannot stop for one task of a TaskBatch and go on for others: leave tol out, or use GD or Adam"
+            )
+
+    def run(
+        self,
+        gradient: Gradient,
+        y: Tensors,
+        state: Any,
+        project: Callable[[Tensors], Tensors],
+        tasks: int | None = None,
+    ) -> LowerResult:
         """Let the optimizer step; see ``LowerSolver.run``."""
         parameters = [nn.Parameter(t) for t in clone(y)]
         optimizer = self.optimizer_class(parameters, **self.options)

@@ -65,7 +65,7 @@ class HybridVRSGD(Method):
         seed: int = 0,
     ) -> None:
         jvp = batch_size if jvp_batch_size is None else jvp_batch_size
-        sizes = BatchSizes(batch_size, jvp, anchor=anchor_size, reuse_batch=reuse_batch)
+        sizes = BatchSizes(batch_size, jvp=jvp, anchor=anchor_size, reuse_batch=reuse_batch)
         estimator = HybridMap(
             weight=weight, jacobian_weight=jacobian_weight, max_size=max_size, batch_sizes=sizes, seed=seed
         )

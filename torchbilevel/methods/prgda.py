@@ -12,6 +12,7 @@ from torchbilevel.method import Method
 from torchbilevel.methods.rules import within_curvature
 from torchbilevel.optim import Pullback
 from torchbilevel.optim.pullback import escape_time
+from torchbilevel.optim.search import positive
 from torchbilevel.pairing import require_problem
 from torchbilevel.problem import Problem
 from torchbilevel.tensors import numel
@@ -123,6 +124,8 @@ class PRGDA(Method):
                 raise ValueError(f"{name} is for bilevel problems, a MinimaxProblem has one loss: leave out {value}")
         if not minimax and linear_solver is None:
             raise ValueError("linear_solver must be given for a BilevelProblem, such as Neumann(steps=10, lr=1 / L)")
+        if curvature_tol is not None:
+            positive("curvature_tol", curvature_tol)
         if mean_movement is None:
             mean_movement = max(float(lr), float(escape_lr) * float(grad_tol)) ** 2
         if escape_steps is None:

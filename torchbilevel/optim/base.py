@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchbilevel.tensors import Tensors, ball, clone, is_finite, mix_seed, norm
 
@@ -90,6 +90,11 @@ class Rule(torch.optim.Optimizer):
         self.done = False
         self.answer: Result | None = None
 
+    def _patch_step_function(self) -> None:
+        # torch calls this wherever an optimizer comes into being: built, copied or unpickled.
+        run_eagerly(type(self))
+        super()._patch_step_function()
+
     def parameters(self) -> Tensors:
         """All parameters, in the order of the groups."""
         return tuple(p for group in self.param_groups for p in group["params"])
@@ -98,7 +103,8 @@ class Rule(torch.optim.Optimizer):
         """The point with the strongest claim so far, else the current point; always a copy."""
         if self.answer is None:
             return Result(clone(self.parameters()), "running", self.steps)
-        return replace(self.answer, x=clone(self.answer.x))
+        later = self.parameters()[len(self.answer.x) :]  # of groups added since then, which have no earlier value
+        return replace(self.answer, x=clone((*self.answer.x, *later)))
 
     def confirm(self, value: float) -> None:
         """Raise the claim of the answer to "verified": the smallest eigenvalue there, ``value``, is known."""
@@ -196,8 +202,10 @@ class Rule(torch.optim.Optimizer):
     def _memory(self) -> dict[str, Any]:
         """The entry "rule" of the state dict: plain containers of tensors, numbers and strings."""
         memory = {name: getattr(self, name) for name in self._saved}
-        memory["events"] = [dict(vars(event)) for event in self.events]
-        memory["answer"] = None if self.answer is None else dict(vars(self.answer))
+        # What grows or may be absent is in tuples, which torch.distributed.checkpoint loads whole; of lists and dicts
+        # it loads only the entries that the optimizer has already.
+        memory["events"] = tuple(dict(vars(event)) for event in self.events)
+        memory["answer"] = None if self.answer is None else tuple(vars(self.answer).items())
         return {"name": self._name(), **memory}
 
     def _find_memory(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -224,10 +232,11 @@ class Rule(torch.optim.Optimizer):
             return tuple(t.to(device) for t, device in zip(x, devices, strict=False))
 
         for name in self._saved:
-            setattr(self, name, place(memory[name]) if isinstance(memory[name], tuple) else memory[name])
+            if name not in ("events", "answer"):
+                setattr(self, name, place(memory[name]) if isinstance(memory[name], tuple) else memory[name])
         self.events = [Event(**event) for event in memory["events"]]
         answer = memory["answer"]
-        self.answer = None if answer is None else Result(**{**answer, "x": place(answer["x"])})
+        self.answer = None if answer is None else Result(**{**dict(answer), "x": place(dict(answer)["x"])})
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer as torch has it, plus the entry "rule" with the memory of the run."""
@@ -249,3 +258,41 @@ class Rule(torch.optim.Optimizer):
         # For deepcopy and pickle. Hooks stay behind, as in torch, and so does the ``step`` that a scheduler
         # patches in: both are bound to the original, and would move it.
         return {k: v for k, v in vars(self).items() if k != "step" and not k.startswith("_optimizer_")}
+
+
+def run_eagerly(kind: type[torch.optim.Optimizer]) -> None:
+    """Keep ``torch.compile`` out of the steps of a class; where they are compiled with a loop, the graph breaks there.
+
+    Dynamo drops what a traced step writes to attributes of an optimizer (which step it is, when x was last displaced):
+    the run would be another one. Losses that are compiled themselves stay so.
+
+    Args:
+        kind: the class.
+    """
+    if not hasattr(kind.step, "runs_eagerly"):
+        kind.step = torch.compiler.disable(kind.step)  # type: ignore[method-assign, no-untyped-call]
+        kind.step.runs_eagerly = True  # type: ignore[attr-defined]
+
+
+def step_within(optimizer: torch.optim.Optimizer, *args: Any) -> Any:
+    """Step an optimizer as a part of the step of another.
+
+    Hooks on the steps of all optimizers (``torch.optim.optimizer.register_optimizer_step_post_hook``) are called for
+    the step of the whole, and once; torch's profiler, for one, counts steps by such a hook.
+
+    Args:
+        optimizer: the part.
+        *args: of its step.
+
+    Returns:
+        What its step returned.
+    """
+    hooks: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+    kept = [dict(table) for table in hooks]
+    for table in hooks:
+        table.clear()
+    try:
+        return optimizer.step(*args)
+    finally:
+        for table, entries in zip(hooks, kept, strict=True):
+            table.update(entries)

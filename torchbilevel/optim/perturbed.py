@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from torchbilevel.optim.base import Closure, Loss, Result, Rule
+from torchbilevel.optim.base import Closure, Loss, Result, Rule, step_within
 from torchbilevel.tensors import Tensors, clone
 
 
@@ -136,7 +136,7 @@ class Perturbed(Rule):
         loss, value = self._evaluate(closure)
         points, _, size = self._gradients()
         if not points:
-            self.optimizer.step()
+            step_within(self.optimizer)
             return loss
         elapsed = self.steps - self.last_noise
         if self.value_test:
@@ -151,7 +151,7 @@ class Perturbed(Rule):
         if self.radius > 0 and size <= self.grad_tol and elapsed > self.escape_steps:
             self._perturb(points, size, value)
         else:
-            self.optimizer.step()
+            step_within(self.optimizer)
         self.steps += 1
         return loss
 

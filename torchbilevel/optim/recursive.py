@@ -88,9 +88,10 @@ class Recursive(Rule):
 
     def _gradients(self) -> tuple[Tensors, Tensors, float]:
         found = super()._gradients()
-        # Only an estimate that was found finite is remembered.
-        self.last_x = clone(self.parameters())
-        self.last_v = tuple(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters())
+        # Only an estimate that was found finite is remembered, and the absence of all gradients is no estimate of zero.
+        if any(p.grad is not None for p in self.parameters()):
+            self.last_x = clone(self.parameters())
+            self.last_v = tuple(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters())
         return found
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

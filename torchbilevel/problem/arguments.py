@@ -44,12 +44,13 @@ def by_name(given: Projections, parameters: Mapping[str, Tensor], argument: str)
     return by_name
 
 
-def fitting(value: Any, parameters: Mapping[str, Tensor]) -> Tensors:
+def fitting(value: Any, parameters: Mapping[str, Tensor], tasks: int | None = None) -> Tensors:
     """What ``lower_init`` returned, as one tensor per lower parameter.
 
     Args:
         value: what it returned.
         parameters: the lower ones, by name.
+        tasks: their first dimension, if ``lower`` is a ``TaskBatch``: tensors without it are the start of every task.
 
     Returns:
         The tensors, in the order of the parameters.
@@ -63,17 +64,20 @@ def fitting(value: Any, parameters: Mapping[str, Tensor]) -> Tensors:
             raise ValueError(f"lower_init returned {sorted(value)}, but the lower parameters are {sorted(names)}")
         value = [value[name] for name in names]
     value = (value,) if isinstance(value, Tensor) else value
-    value = tuple(value) if isinstance(value, Iterable) else value
-    if not isinstance(value, tuple) or not all(isinstance(t, Tensor) for t in value):
+    tensors: Tensors | None = tuple(value) if isinstance(value, Iterable) else None
+    if tensors is None or not all(isinstance(t, Tensor) for t in tensors):
         raise ValueError(
             f"lower_init must return one tensor per lower parameter or a dict by name, got a {type(value).__name__}"
         )
+    if tasks is not None and len(tensors) == len(names):
+        pairs = zip(tensors, parameters.values(), strict=True)
+        tensors = tuple(t.expand(p.shape) if t.shape == p.shape[1:] else t for t, p in pairs)
     for what, kind in (
         ("shapes", lambda t: tuple(t.shape)),
         ("dtypes", lambda t: t.dtype),
         ("devices", lambda t: t.device),
     ):
-        returned, expected = [kind(t) for t in value], [kind(p) for p in parameters.values()]
+        returned, expected = [kind(t) for t in tensors], [kind(p) for p in parameters.values()]
         if returned != expected:
             raise ValueError(f"lower_init returned {what} {returned}, but {names} have {expected}")
-    return value
+    return tensors

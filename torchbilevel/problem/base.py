@@ -16,6 +16,7 @@ from torchbilevel.modules import ModulePair
 from torchbilevel.problem.arguments import Projections, by_name, fitting
 from torchbilevel.projections import Projection
 from torchbilevel.samples import Samples
+from torchbilevel.tasks import tasks_of
 from torchbilevel.tensors import Tensors, detach
 
 Loss = Callable[[nn.Module, nn.Module, Any], Tensor]
@@ -34,6 +35,7 @@ class Problem:
         upper: the module whose trainable parameters are x.
         lower: the module whose trainable parameters are y.
         minimax: whether g = -f.
+        tasks: the number of tasks that y holds side by side, if ``lower`` is a ``TaskBatch``, else ``None``.
     """
 
     minimax = False
@@ -59,6 +61,7 @@ class Problem:
         if lower_init is not None and not callable(lower_init):
             raise TypeError(f"lower_init must be a function of the upper module, got {type(lower_init).__name__}")
         self.upper, self.lower, self.lower_init = upper, lower, lower_init
+        self.tasks = tasks_of(lower)
         self._losses = dict(losses)
         self._pair = ModulePair(upper, lower)
         self._projections = {
@@ -156,7 +159,13 @@ class Problem:
         """
         if self.lower_init is None:
             return None
-        return self.project_y(fitting(self.call_upper(self.lower_init, x, seed), self._pair.y))
+        function = self.lower_init
+
+        def start(upper: nn.Module) -> Tensors:
+            # Within the call: an iterator over parameters must run while x is in their place.
+            return fitting(function(upper), self._pair.y, self.tasks)
+
+        return self.project_y(self.call_upper(start, x, seed))
 
     def commit_buffers(self, x: Tensors, y: Tensors, samples: Samples | Draw) -> None:
         """Update the live buffers (running statistics, ...) as one evaluation of each loss at (x, y) does.

@@ -26,7 +26,8 @@ class BilevelProblem(Problem):
         lower_loss: g, twice differentiable.
         lower_init: a function of the upper module that returns where y starts when it is not warm: one tensor per
             trainable parameter of ``lower``, in their order, or a dict by name. ``Unrolled`` differentiates it. Random
-            numbers that it draws are replayed as those of the losses are.
+            numbers that it draws are replayed as those of the losses are. Of a ``TaskBatch``, tensors without the
+            leading dimension start every task.
         upper_projection: projection of x on its set, applied after every outer step: one Tensor -> Tensor map for all
             parameters, or a dict by parameter name.
         projection: refused; y of a bilevel problem is free.
