@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from benchmarks import octopus
+from examples.lightning_stand_in import LightningOptimizer
 from tests.problems import assign, flat, quadratic_bilevel, quadratic_minimax, ridge_regression
 from torchbilevel import (
     CG,
@@ -345,6 +346,26 @@ def test_several_tasks_before_a_step_need_a_cold_start(make: Callable[..., Case]
         alone.backward(**task)
         separate.append(hypergradient(alone))
     assert torch.equal(hypergradient(cold), separate[0] + separate[1] + separate[2])
+
+
+def test_an_object_of_its_class_may_stand_before_it() -> None:
+    """As Lightning's does, which looks up what it lacks behind it and keeps for itself what is assigned to it."""
+
+    def end(wrapped: bool) -> Tensor:
+        problem, data = bilevel()
+        method = PerturbedAID(problem, lr=0.1, lower_solver=solver(tol=1e-6), **TESTED)
+        front = LightningOptimizer(method) if wrapped else method
+        for _ in range(12):
+            front.zero_grad()
+            front.backward(**data)
+            front.step()
+        assert method.steps == 12 and any(event.kind == "perturbation" for event in method.events)
+        with pytest.raises(RuntimeError, match="backward was called again before step"):
+            front.backward(**data)
+            front.backward(lower=torch.zeros(1), upper=data["upper"])
+        return flat(problem.x)
+
+    assert torch.equal(end(True), end(False))
 
 
 def test_micro_batches_of_one_upper_loss_go_with_a_warm_start() -> None:

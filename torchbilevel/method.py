@@ -40,6 +40,19 @@ class Result:
     step: int
 
 
+@dataclass
+class _Since:
+    """The backwards since the last step.
+
+    Changed in place: Lightning puts an object of the method's class before the method, which looks up everything behind
+    but would keep for itself what ``backward`` assigns.
+    """
+
+    task: Any = None  # their lower batch,
+    loss: Any = 0.0  # the sum of their losses,
+    backwards: int = 0  # and their number
+
+
 class Method(Facade):
     """A bilevel or minimax method: an estimator of the hypergradient and a rule that moves x.
 
@@ -97,9 +110,7 @@ class Method(Facade):
         estimator.bind(problem)
         estimator.keeps_past = _probes(rule)
         self._steps = 0
-        self._task: Any = None  # the lower batch of the backwards since the last step,
-        self._loss: Any = 0.0  # the sum of their losses,
-        self._backwards = 0  # and their number
+        self._since = _Since()
         self._y_anchor: Tensors | None = None  # y at the rule's last perturbation
         self._y_answer: Tensors | None = None  # y at the rule's answer
         super().__init__(rule)
@@ -125,14 +136,15 @@ class Method(Facade):
         """
         self._require_running()
         task = batch if self.problem.minimax else lower
-        if self._backwards and self.estimator.warm_start and (callable(task) or not _same(task, self._task)):
+        since = self._since
+        if since.backwards and self.estimator.warm_start and (callable(task) or not _same(task, since.task)):
             kind = "batch" if self.problem.minimax else "lower batch"
             raise RuntimeError(
                 f"backward was called again before step() with another {kind}, and warm_start=True would carry y from "
                 "one to the other: for tasks use warm_start=False, for the parts of one data set Batches([...])"
             )
         loss = self.estimator.backward(batch, lower=lower, upper=upper)
-        self._task, self._loss, self._backwards = task, self._loss + loss, self._backwards + 1
+        since.task, since.loss, since.backwards = task, since.loss + loss, since.backwards + 1
         return loss
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -263,7 +275,7 @@ class Method(Facade):
 
     def __getstate__(self) -> dict[str, Any]:
         # The backwards since the last step stay behind: torch does not copy their gradients.
-        return {**super().__getstate__(), "_task": None, "_loss": 0.0, "_backwards": 0}
+        return {**super().__getstate__(), "_since": _Since()}
 
     def __repr__(self) -> str:
         rule = repr(self.rule).replace("\n", "\n  ")
@@ -282,19 +294,19 @@ class Method(Facade):
 
     def _forget(self) -> None:
         """Forget the backwards since the last step."""
-        self._task, self._loss, self._backwards = None, 0.0, 0
+        vars(self._since).update(vars(_Since()))
 
     def _value(self) -> Any:
-        if not self._backwards:
+        if not self._since.backwards:
             raise RuntimeError("value_test=True compares values of the upper loss: call backward before step")
-        return self._loss
+        return self._since.loss
 
     def _probing_step(self) -> None:
         """Hand the rule a probe; should it meet something non-finite, x and ``.grad`` are as before."""
-        if self._backwards != 1:
+        if self._since.backwards != 1:
             raise RuntimeError(
                 f"{type(self.rule).__name__} probes the samples of exactly one backward before each step, got "
-                f"{self._backwards}: for the parts of one data set use Batches([...])"
+                f"{self._since.backwards}: for the parts of one data set use Batches([...])"
             )
         parameters = self.problem.upper_parameters
         before = [(p, p.detach().clone(), p.grad) for p in parameters]
