@@ -16,6 +16,7 @@ from torchbilevel import Batches
 from torchbilevel.counts import Counts
 from torchbilevel.derivatives import average, explain, reached, scalar, vjp
 from torchbilevel.oracle import Oracle
+from torchbilevel.ranks import Ranks
 from torchbilevel.samples import Sample
 from torchbilevel.tensors import Tensors
 
@@ -29,7 +30,7 @@ class Cubic:
     """
 
     def __init__(self, minimax: bool = False) -> None:
-        self.minimax = minimax
+        self.minimax, self.tasks, self.ranks = minimax, None, Ranks()
         self.s = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
         self.seen: list[int] = []
 

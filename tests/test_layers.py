@@ -1,4 +1,4 @@
-"""Imports point only downwards, and each of two torch functions has one file that may use it."""
+"""Imports point only downwards, and each of some torch functions has one file that may use it."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ ORDER = (
     "projections",
     "lanczos",
     "blocks",
+    "ranks",
     "tensors",
 )
 BELOW = {layer: set(ORDER[i + 1 :]) for i, layer in enumerate(ORDER)}
@@ -51,7 +52,7 @@ for _layer in ("__init__", "methods", "method", "verify"):
     BELOW[_layer].add("optim")
 BELOW["optim"] = {"lanczos", "tensors"}
 
-OWNER = {"functional_call": "tasks", "autograd.grad": "derivatives"}
+OWNER = {"functional_call": "tasks", "autograd.grad": "derivatives", "_engine_run_backward": "derivatives"}
 
 
 def imports_of(tree: ast.Module, path: str) -> list[tuple[str, str, int]]:

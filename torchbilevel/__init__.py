@@ -69,7 +69,7 @@ from torchbilevel.methods import (
 from torchbilevel.problem import BilevelProblem, MinimaxProblem, NonconvexLinearProblem
 from torchbilevel.samples import Batches, Tasks
 from torchbilevel.self_check import HypergradientReport, check_hypergradient
-from torchbilevel.sources import sample, stream
+from torchbilevel.sources import micro_batches, sample, stream
 from torchbilevel.tasks import TaskBatch
 from torchbilevel.trace import Trace
 from torchbilevel.verify import Verify
@@ -117,6 +117,7 @@ __all__ = [
     "MRBO",
     "Neumann",
     "NonconvexLinearProblem",
+    "micro_batches",
     "optim",
     "Penalty",
     "PerturbedAID",

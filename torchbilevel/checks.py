@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from torchbilevel.derivatives import differentiable_gradient, reached, scalar, vjp
@@ -70,6 +74,8 @@ def check_problem(problem: Any, pair: ModulePair, samples: Samples) -> None:
         _check_tasks(problem, names[1], x, y, samples.lower)
     if not problem.minimax:
         _check_second_derivatives(problem, x, y, samples.lower)
+    if problem.ranks.size > 1:
+        _warn_of_ranks(problem, pair, names, samples)
 
 
 def _check_loss(
@@ -77,8 +83,9 @@ def _check_loss(
 ) -> list[bool]:
     """Check one loss on the first part of a sample, and return which of (*x, *y) its graph reaches."""
     _, batch, seed = next(sample.parts())
-    with torch.enable_grad():
+    with torch.enable_grad(), _refusing_checkpoints(name):
         value = scalar(value_of(x, y, batch, seed), name)
+    with torch.enable_grad():
         again = scalar(value_of(x, y, batch, seed), name)
     if not bool(torch.isfinite(value)):
         raise ValueError(f"{name} is {value.item()} at the current point; it must be finite")
@@ -99,6 +106,29 @@ def _check_loss(
     return reached(value, (*x, *y))
 
 
+@contextmanager
+def _refusing_checkpoints(name: str) -> Iterator[None]:
+    """Raise if torch.utils.checkpoint is called: it runs a module again later, with other tensors in it."""
+    called = False
+
+    def notice(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal called
+        called = called or (event == "call" and frame.f_code.co_filename == torch.utils.checkpoint.__file__)
+
+    before = sys.getprofile()
+    sys.setprofile(notice)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    if called:
+        raise ValueError(
+            f"{name} uses torch.utils.checkpoint, which runs a part of the module once more when it is differentiated: "
+            f"by then the module holds its own parameters again, not those that the loss was evaluated at, and the "
+            f"derivatives would be wrong; save memory with micro_batches(data, size) or Batches instead"
+        )
+
+
 def _warn_of_cut(value_of: Callable[..., Tensor], name: str, point: Tensors, n: int, sample: Sample) -> None:
     """Warn where second derivatives of the upper loss would be wrong in silence; first-order methods take none."""
     _, batch, seed = next(sample.parts())
@@ -109,6 +139,36 @@ def _warn_of_cut(value_of: Callable[..., Tensor], name: str, point: Tensors, n: 
             f"{name} is not twice differentiable (an autograd.Function in it is marked once_differentiable): gradients "
             f"are right, but certify, and rules that use products with the Hessian of Phi, would pass over its second "
             f"derivative",
+            stacklevel=4,
+        )
+
+
+def _warn_of_ranks(problem: Any, pair: ModulePair, names: tuple[str, str], samples: Samples) -> None:
+    """Warn where several ranks do not equal one process on the joined batch."""
+    gather = problem.ranks.gather
+    evaluated = [(names[0], problem.upper_value, samples.upper), (names[1], problem.lower_value, samples.lower)]
+    for name, value_of, sample in evaluated[:1] if problem.minimax else evaluated:
+        sizes = [int(size) for size in gather(sample.size)]
+        if len(set(sizes)) > 1:
+            warnings.warn(
+                f"the batches of {name} have {sizes} data points on the ranks: each rank weighs the same in an "
+                f"average, so this is not the mean over the joined batch; bring equal shards",
+                stacklevel=4,
+            )
+        _, batch, seed = next(sample.parts())
+        with torch.no_grad():
+            values = gather(float(value_of(problem.x, problem.y, batch, seed)))
+        if batch is not None and len(set(values)) == 1:
+            warnings.warn(
+                f"{name} is {values[0]:g} on every rank, as if all had brought the same batch; give each rank rows of "
+                f"its own (a DistributedSampler, or sample(own_rows, seed=rank))",
+                stacklevel=4,
+            )
+    modules = (*pair.upper.modules(), *pair.lower.modules())
+    if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in modules):
+        warnings.warn(
+            "a batch normalisation in training mode sees the batch of its own rank only: the ranks together differ "
+            "from one process on the joined batch; use group or layer normalisation, or eval()",
             stacklevel=4,
         )
 

@@ -42,6 +42,7 @@ class Lagrangian:
             total = axpy(weight, detach(gradient), total)
             if self._whole:
                 self._kept.append((weight, gradient))
+        total = oracle.losses.ranks.average(total)
         self.gradient, self.residual = total[: len(x)], total[len(x) :]
 
     def product(self, u: Tensors, s: Tensors) -> tuple[Tensors, Tensors]:
@@ -66,7 +67,7 @@ class Lagrangian:
                 total = axpy(weight, vjp(gradient, inputs, cotangents, keep=self._whole)[0], total)
         except (RuntimeError, NotImplementedError) as error:
             raise explain(error) from error
-        return total
+        return self._oracle.losses.ranks.average(total)
 
     def _graphs(self) -> Iterator[tuple[float, Tensors]]:
         """Gradients of the summands of L in (x, y), with their graphs: f part by part, then -<z, g_y> part by part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,6 +199,27 @@ class Method(Facade):
     def refresh(self) -> None:
         """Bring y up to date with the x just stepped to: one run of the lower solver on the last samples."""
         self.estimator.refresh()
+
+    def to(self, device: torch.device | str | int) -> Method:
+        """Move both modules, and all that estimator and rule remember, to a device.
+
+        A ``backward`` that no step has followed is forgotten, but for its ``.grad``. Data and sources stay where they
+        are. The run goes on with the same numbers up to round-off, but for random numbers (displacements, dropout),
+        which differ between kinds of devices.
+
+        Args:
+            device: as in ``nn.Module.to``.
+
+        Returns:
+            The method itself.
+        """
+        device = torch.device(device)
+        outer, own = deepcopy(self.rule.state_dict()), self._memory()
+        self.problem.upper.to(device)
+        self.problem.lower.to(device)
+        self.rule.load_state_dict(outer)
+        self._restore(own)
+        return self
 
     # --- where the run stands ----------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchbilevel.counts import Counts
 from torchbilevel.derivatives import average, differentiable_gradient, scalar, vjp
+from torchbilevel.ranks import Ranks
 from torchbilevel.samples import Sample
 from torchbilevel.tensors import Tensors, detach, leaves
 
@@ -19,6 +20,7 @@ class Losses(Protocol):
 
     minimax: bool
     tasks: int | None
+    ranks: Ranks
 
     def upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
         """The upper loss f(x, y)."""
@@ -45,7 +47,7 @@ class Oracle:
         """The upper loss f(x, y), detached. Cost: one evaluation."""
         self.counts.add("upper_value", sample)
         with torch.no_grad():
-            return over_parts(sample, lambda batch, seed: (self._upper_value(x, y, batch, seed),))[0]
+            return self.mean(sample, lambda batch, seed: (self._upper_value(x, y, batch, seed),))[0]
 
     def upper_gradient(self, x: Tensors, y: Tensors, sample: Sample) -> tuple[Tensor, Tensors, Tensors, bool]:
         """Value and gradients of f.
@@ -71,7 +73,7 @@ class Oracle:
                 value = self._lower_value(xs, ys, batch, seed)
             return value.detach(), *vjp((value,), ys, (None,))[0]
 
-        found = over_parts(sample, part)
+        found = self.mean(sample, part)
         return found[0], found[1:]
 
     def full_lower_gradient(self, x: Tensors, y: Tensors, sample: Sample) -> tuple[Tensor, Tensors, Tensors, bool]:
@@ -100,7 +102,10 @@ class Oracle:
             g_y. Cost: one gradient of g; the graphs of all parts stay in memory.
         """
         self.count_lower_gradient(sample)
-        return over_parts(sample, lambda batch, seed: self.gradient_graph(x, y, y, batch, seed))
+        ranks = self.losses.ranks
+        shared = ranks.shared((*x, *y))
+        xs, ys = shared[: len(x)], shared[len(x) :]
+        return ranks.averaged(over_parts(sample, lambda batch, seed: self.gradient_graph(xs, ys, ys, batch, seed)))
 
     def linearize(self, x: Tensors, y: Tensors, sample: Sample, in_x: bool = False) -> LowerLinearization:
         """The derivative of g_y at (x, y), for repeated products. Cost: one gradient of g with its graph kept."""
@@ -120,7 +125,7 @@ class Oracle:
         """
         self.counts.add("hessian_product", sample)
         xs, ys = detach(x), leaves(y)
-        return over_parts(sample, lambda batch, seed: vjp(self.gradient_graph(xs, ys, ys, batch, seed), ys, s)[0])
+        return self.mean(sample, lambda batch, seed: vjp(self.gradient_graph(xs, ys, ys, batch, seed), ys, s)[0])
 
     def jacobian_product(self, x: Tensors, y: Tensors, s: Tensors, sample: Sample) -> tuple[Tensors, bool]:
         """The product g_xy s, for once: its graph is freed.
@@ -144,7 +149,11 @@ class Oracle:
             anywhere = anywhere or any(found)
             return product
 
-        return over_parts(sample, part), anywhere
+        return self.mean(sample, part), anywhere
+
+    def mean(self, sample: Sample, function: Callable[[Any, int], Tensors]) -> Tensors:
+        """The average of a function of batch and seed over the parts of a sample, and over the ranks."""
+        return self.losses.ranks.average(over_parts(sample, function))
 
     def count_lower_gradient(self, sample: Sample) -> None:
         """Count one gradient of g; a minimax problem has one loss and counts all gradients under f."""
@@ -169,7 +178,7 @@ class Oracle:
             in_x = in_x or any(found[: len(xs)])
             return value.detach(), *gradients
 
-        found = over_parts(sample, part)
+        found = self.mean(sample, part)
         return found[0], found[1 : 1 + len(xs)], found[1 + len(xs) :], in_x
 
     def _upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
@@ -270,11 +279,11 @@ class LowerLinearization:
     def _apply(self, function: Callable[[Tensors], Tensors]) -> Tensors:
         """Average a function of the gradient's graph over the parts."""
         if self._kept is not None:
-            return function(self._kept)
+            return self._oracle.losses.ranks.average(function(self._kept))
         if self._sample.whole:
             raise RuntimeError("the graph of this linearization was freed by jacobian_product; pass keep=True")
         # No name here may hold on to a part's graph, or two would be in memory at a time.
-        return over_parts(self._sample, lambda batch, seed: function(self._graph(batch, seed)))
+        return self._oracle.mean(self._sample, lambda batch, seed: function(self._graph(batch, seed)))
 
     def _product(
         self, part: Callable[[Tensors], Tensors], inputs: Tensors, s: Tensors, keep: bool

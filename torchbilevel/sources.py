@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchbilevel.samples import Block, count
+from torchbilevel.samples import Batches, Block, count
 from torchbilevel.tensors import mix_seed
 
 
@@ -214,6 +214,51 @@ class stream:  # noqa: N801  (used like a function: lower=tb.stream(loader))
             )
         self.served += 1
         return batch
+
+
+def micro_batches(data: Any, size: int) -> Any:
+    """Large batches in pieces that fit into memory: accumulation, in ``.grad`` and inside the solves.
+
+    Every gradient and every product on a batch becomes the average over pieces of ``size`` data points, one piece in
+    memory at a time, weighted by their sizes. For losses that are means over data points it equals the whole batch.
+
+    Args:
+        data: a batch, or a source of batches: tensors, or nested tuples, lists and dicts of them, that share their
+            first dimension. The pieces are views.
+        size: data points per piece, at least 1; the last may be smaller.
+
+    Returns:
+        ``Batches`` for a batch; for a source, a source of ``Batches``.
+
+    Raises:
+        ValueError: if ``size`` is not positive, or the tensors of a batch differ in their first dimension.
+
+    Cost: that of ``Batches``: the graph of every piece is rebuilt for every product.
+
+    >>> [(weight, piece.tolist()) for weight, piece in micro_batches(torch.arange(3.0), 2)]
+    [(0.6666666666666666, [0.0, 1.0]), (0.3333333333333333, [2.0])]
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"size must be a positive integer, got {size!r}")
+    if callable(data):
+        return lambda n=None: micro_batches(data(n), size)
+    rows = count(data)
+    return Batches([_rows(data, start, min(start + size, rows), rows) for start in range(0, rows, size)])
+
+
+def _rows(batch: Any, start: int, end: int, rows: int) -> Any:
+    if isinstance(batch, Tensor):
+        if batch.dim() and len(batch) != rows:
+            raise ValueError(
+                f"the tensors of a batch must share their first dimension, got {len(batch)} and {rows} data points"
+            )
+        return batch[start:end] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {name: _rows(value, start, end, rows) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        pieces = [_rows(value, start, end, rows) for value in batch]
+        return type(batch)(*pieces) if hasattr(batch, "_fields") else type(batch)(pieces)
+    return batch
 
 
 _END = object()

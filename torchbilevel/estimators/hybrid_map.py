@@ -71,6 +71,11 @@ class HybridMap(Estimator):
                 f"HybridVRSGD is for a NonconvexLinearProblem, got a {type(problem).__name__}; HybridGDA takes any "
                 "minimax problem, without a guarantee"
             )
+        if problem.ranks.size > 1:
+            raise ValueError(
+                f"HybridVRSGD works in one process, and this problem is shared by {problem.ranks.size} ranks: use "
+                "HybridGDA or SREDA"
+            )
         rows, columns = problem.linear.size, numel(problem.x)
         if rows * columns > self.max_size**2:
             raise ValueError(

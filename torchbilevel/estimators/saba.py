@@ -12,6 +12,7 @@ from torchbilevel.estimators.evaluation import Evaluation, Memory
 from torchbilevel.estimators.soba import Soba
 from torchbilevel.estimators.vetting import SILENT_ZERO
 from torchbilevel.lower import GD
+from torchbilevel.problem import Problem
 from torchbilevel.samples import Block, Sample
 from torchbilevel.sources import Blocks, sample
 from torchbilevel.tensors import Tensors, flatten, mix_seed, unflatten
@@ -50,6 +51,15 @@ class Saba(Soba):
 
     def __init__(self, lower_solver: GD, *, batch_sizes: BatchSizes | None = None, seed: int = 0) -> None:
         super().__init__(lower_solver, batch_sizes=BatchSizes() if batch_sizes is None else batch_sizes, seed=seed)
+
+    def refuse(self, problem: Problem) -> None:
+        """As ``Soba``; and the table is that of one process."""
+        super().refuse(problem)
+        if problem.ranks.size > 1:
+            raise ValueError(
+                f"SABA keeps a table of one process's data, and this problem is shared by {problem.ranks.size} ranks: "
+                "use SOBA, or give the problem a process_group of this rank alone"
+            )
 
     def backward(self, batch: Any = None, *, lower: Any = None, upper: Any = None) -> Tensor:
         """As in ``Estimator``.

@@ -15,9 +15,10 @@ from torchbilevel.draws import BatchSizes, Draw, Draws
 from torchbilevel.modules import ModulePair
 from torchbilevel.problem.arguments import Projections, by_name, fitting
 from torchbilevel.projections import Projection
+from torchbilevel.ranks import Ranks, unwrapped
 from torchbilevel.samples import Samples
 from torchbilevel.tasks import tasks_of
-from torchbilevel.tensors import Tensors, detach
+from torchbilevel.tensors import Tensors, detach, mix_seed
 
 Loss = Callable[[nn.Module, nn.Module, Any], Tensor]
 
@@ -48,7 +49,9 @@ class Problem:
         projection: Projections = None,
         upper_projection: Projections = None,
         lower_init: Callable[[nn.Module], Any] | None = None,
+        process_group: Any = None,
     ) -> None:
+        upper, lower = unwrapped(upper, "upper"), unwrapped(lower, "lower")
         for name, module in (("upper", upper), ("lower", lower)):
             if not isinstance(module, nn.Module):
                 raise TypeError(
@@ -62,6 +65,7 @@ class Problem:
             raise TypeError(f"lower_init must be a function of the upper module, got {type(lower_init).__name__}")
         self.upper, self.lower, self.lower_init = upper, lower, lower_init
         self.tasks = tasks_of(lower)
+        self.ranks = Ranks(process_group)
         self._losses = dict(losses)
         self._pair = ModulePair(upper, lower)
         self._projections = {
@@ -70,6 +74,7 @@ class Problem:
         }
         for argument, parameters in (("projection", self._pair.y), ("upper_projection", self._pair.x)):
             check_projections(argument, self._projections[argument], parameters)
+        self.ranks.broadcast(t for m in (upper, lower) for t in (*m.parameters(), *m.buffers()))
 
     # --- the point ---
 
@@ -135,6 +140,7 @@ class Problem:
 
     def _evaluate(self, loss: str, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
         try:
+            seed = mix_seed(seed, self.ranks.rank) if self.ranks.rank else seed  # other batches, other random numbers
             value: Tensor = self._pair.call(self._losses[loss], (batch,), x, y, seed)
         except (TypeError, AttributeError) as error:
             if batch is not None:
@@ -179,6 +185,7 @@ class Problem:
             for loss, sample in zip(self._losses.values(), (samples.upper, samples.lower), strict=False):
                 for _, batch, seed in sample.parts():
                     self._pair.call(loss, (batch,), x, y, seed, tensors)
+        self.ranks.broadcast(tensors.values())
         self._pair.load_buffers(tensors)
 
     # --- the user's side ---

@@ -31,6 +31,8 @@ class BilevelProblem(Problem):
         upper_projection: projection of x on its set, applied after every outer step: one Tensor -> Tensor map for all
             parameters, or a dict by parameter name.
         projection: refused; y of a bilevel problem is free.
+        process_group: over whose ranks gradients and products are averaged; ``None`` (default) for all ranks where
+            ``torch.distributed`` is initialised. A group of one rank keeps it to itself.
 
     Raises:
         TypeError: if a module, a loss or ``lower_init`` is of the wrong kind.
@@ -59,6 +61,7 @@ class BilevelProblem(Problem):
         lower_init: Callable[[nn.Module], Any] | None = None,
         upper_projection: Projections = None,
         projection: None = None,
+        process_group: Any = None,
     ) -> None:
         if projection is not None:
             raise ValueError(
@@ -67,7 +70,7 @@ class BilevelProblem(Problem):
                 "as a MinimaxProblem"
             )
         losses = {"upper_loss": upper_loss, "lower_loss": lower_loss}
-        super().__init__(upper, lower, losses, None, upper_projection, lower_init)
+        super().__init__(upper, lower, losses, None, upper_projection, lower_init, process_group)
 
     def upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
         """The upper loss f(x, y) on a batch, under a seed."""

@@ -29,6 +29,8 @@ class MinimaxProblem(Problem):
             ``warm_start=False`` the random start of an attack is
             ``lower_init=lambda upper: torch.empty(shape).uniform_(-radius, radius)``; the random numbers are replayed
             as those of the loss are.
+        process_group: over whose ranks gradients are averaged; ``None`` (default) for all ranks where
+            ``torch.distributed`` is initialised. A group of one rank keeps it to itself.
 
     Raises:
         TypeError: if a module, the loss or ``lower_init`` is of the wrong kind.
@@ -46,8 +48,9 @@ class MinimaxProblem(Problem):
         projection: Projections = None,
         upper_projection: Projections = None,
         lower_init: Callable[[nn.Module], Any] | None = None,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(upper, lower, {"loss": loss}, projection, upper_projection, lower_init)
+        super().__init__(upper, lower, {"loss": loss}, projection, upper_projection, lower_init, process_group)
 
     def upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
         """The loss f(x, y) on a batch, under a seed."""

@@ -1,0 +1,171 @@
+"""The processes that share the data of one problem: averages over them, with and without a graph."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchbilevel.tensors import Tensors
+
+
+class Ranks:
+    """The ranks of a process group, each of which evaluates the losses on batches of its own.
+
+    Every gradient and every product with a second derivative is averaged over the ranks before it enters a solver or a
+    recursion. What is computed from averages alone (steps, residuals, tests) is then the same to the last bit on all
+    ranks, so that all take the same branches.
+
+    Args:
+        group: a process group; ``None`` for the default one, where ``torch.distributed`` is initialised.
+
+    Attributes:
+        size: number of ranks; 1, and nothing is exchanged, where there is no process group.
+        rank: of this process.
+
+    Cost: one all-reduce per dtype and device for each average, of all tensors together.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        alive = dist.is_available() and dist.is_initialized()
+        if group is not None and not alive:
+            raise ValueError(f"process_group got {group!r}, but torch.distributed is not initialised")
+        self.size: int = dist.get_world_size(group) if alive else 1
+        self.rank: int = dist.get_rank(group) if alive else 0
+        if self.rank < 0:
+            raise ValueError("process_group must contain this rank; make the problem on the ranks of the group only")
+
+    def average(self, tensors: Tensors) -> Tensors:
+        """The mean over the ranks of every tensor, without a graph."""
+        if self.size == 1 or not tensors:
+            return tensors
+        return self._together(tensors, lambda flat: self._all_reduce(flat).div_(self.size))
+
+    def averaged(self, tensors: Tensors) -> Tensors:
+        """The mean over the ranks, with a graph: the derivative of a mean passes on to the summand of this rank."""
+        return tensors if self.size == 1 else tuple(_Averaged.apply(self, *tensors))  # type: ignore[no-untyped-call]
+
+    def shared(self, tensors: Tensors) -> Tensors:
+        """The tensors, which are the same on all ranks; derivatives that come back through them are averaged."""
+        return tensors if self.size == 1 else tuple(_Shared.apply(self, *tensors))  # type: ignore[no-untyped-call]
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the tensors of the first rank into those of all others."""
+        if self.size > 1:
+            first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+            with torch.no_grad():
+                for t in tensors:
+                    held = t.detach().contiguous()
+                    self._checked(dist.broadcast, held, first)
+                    t.copy_(held)
+
+    def gather(self, number: float) -> list[float]:
+        """A number of each rank, in order."""
+        if self.size == 1:
+            return [number]
+        found = torch.zeros(self.size, dtype=torch.float64)
+        found[self.rank] = number
+        return self._all_reduce(found).tolist()
+
+    def _together(self, tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
+        """Apply a function to all tensors of one dtype and device at once, laid end to end."""
+        results: list[Tensor] = list(tensors)
+        kinds: dict[Any, list[int]] = {}
+        for i, t in enumerate(tensors):
+            kinds.setdefault((t.dtype, t.device), []).append(i)
+        for members in kinds.values():
+            flat = function(torch.cat([tensors[i].reshape(-1) for i in members]))
+            for i, piece in zip(members, torch.split(flat, [tensors[i].numel() for i in members]), strict=True):
+                results[i] = piece.view(tensors[i].shape)
+        return tuple(results)
+
+    def _all_reduce(self, flat: Tensor) -> Tensor:
+        self._checked(dist.all_reduce, flat)
+        return flat
+
+    def _checked(self, collective: Callable[..., Any], tensor: Tensor, *arguments: Any) -> None:
+        try:
+            collective(tensor, *arguments, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} could not average with the others: one of them has stopped, or left "
+                f"the common path (its own traceback says why), or the process group timed out ({error})"
+            ) from error
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._group is not None:
+            raise TypeError("a problem with a process_group of its own cannot be pickled; save method.state_dict()")
+        return Ranks, ()
+
+
+class _Averaged(torch.autograd.Function):
+    """Forward: the mean over ranks. Backward: the identity, since every rank holds the derivative of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *tensors: Tensor) -> Tensors:
+        return tuple(ranks.average(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return None, *gradients
+
+
+class _Shared(torch.autograd.Function):
+    """Forward: the identity. Backward: the mean over ranks of what each finds through its own batch."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *tensors: Tensor) -> Tensors:
+        ctx.ranks = ranks
+        ctx.set_materialize_grads(False)  # what is not reached stays so
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        found = iter(ctx.ranks.average(tuple(g for g in gradients if g is not None)))
+        return None, *(None if g is None else next(found) for g in gradients)
+
+
+def unwrapped(module: Any, name: str) -> Any:
+    """The module inside a ``DistributedDataParallel``, whose hooks play no part here.
+
+    Args:
+        module: what the user gave.
+        name: of the argument, for messages.
+
+    Returns:
+        The module itself where it is not wrapped.
+
+    Raises:
+        TypeError: if it, or a part of it, is sharded or an ``nn.DataParallel``.
+    """
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return module.module
+    if isinstance(module, nn.DataParallel):
+        raise TypeError(
+            f"{name} is an nn.DataParallel; pass {name}.module and start one process per device with torchrun, which "
+            "averages over the processes"
+        )
+    # Importing DTensor takes half a second, and nobody has a sharded module who has not done it.
+    fsdp, dtensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    for part, inner in module.named_modules() if isinstance(module, nn.Module) else ():
+        whose = f"{name}.{part}" if part else name
+        if fsdp is not None and isinstance(inner, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
+            raise TypeError(
+                f"{whose} is sharded by FSDP, which frees the gathered parameters after each pass, so that its "
+                "gradients cannot be differentiated: keep the parameters whole (docs/scaling.md)"
+            )
+        for key, p in inner.named_parameters(recurse=False):
+            if dtensor is not None and isinstance(p, dtensor.DTensor):
+                raise TypeError(
+                    f"{whose}.{key} is a DTensor; the solvers take inner products of whole parameters: keep it whole "
+                    "(docs/scaling.md)"
+                )
+    return module
