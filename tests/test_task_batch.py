@@ -444,6 +444,8 @@ def test_what_is_wrong_with_one_task_stays_there(solver: LinearSolver) -> None:
     alone = solver.solve(Blocks([-matrices[1]]), of(b, 1), None)
     for s, u in zip(indefinite.z, alone.z, strict=True):
         torch.testing.assert_close(s[1], u[0])
+    if isinstance(solver, Direct):
+        torch.testing.assert_close(row_of(indefinite.z)[1], -torch.linalg.solve(matrices[1], row_of(b)[1]))
     broken = solver.solve(Blocks([matrices[0], matrices[1] * torch.nan, matrices[2]]), b, None, 3)
     assert broken.status == "non-finite" and torch.isfinite(broken.residual).tolist() == [True, False, True]
     for i in (0, 2):

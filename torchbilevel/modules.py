@@ -50,6 +50,7 @@ class ModulePair:
                     f"lower: freeze or copy it in one of them"
                 )
         self._places = self._count_places()
+        self._held = self._places.total()
 
     def trainable(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
         """The parameters of ``upper`` and of ``lower`` that require gradients now, by name."""
@@ -89,22 +90,23 @@ class ModulePair:
         values = dict(zip(map(id, self.x.values()), x, strict=True))
         values.update(zip(map(id, self.y.values()), y, strict=True))
         modules = self._walk()
-        held = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if id(p) in values]
-        if len(held) < self._places.total():
+        held: list[tuple[dict[str, Any], str, Any]] = [
+            (m._parameters, name, p) for m in modules for name, p in m._parameters.items() if id(p) in values
+        ]
+        if len(held) < self._held:
             raise RuntimeError(self._disconnected())
         # Buffers are copied whatever happens to them inside: the version counter, which could tell, misses what batch
         # normalisation does, and all that goes through .data.
         if buffers is None:
             buffers = _clone_buffers(modules)
-        kept_buffers = [(module._buffers, name, module._buffers[name]) for module, name in buffers]
+        kept: list[tuple[dict[str, Any], str, Any]] = [(m._buffers, name, m._buffers[name]) for m, name in buffers]
         # Pruning, and weight and spectral normalisation by hooks, leave the weight they computed, graph and all, in a
         # plain attribute.
-        hooked = [m for m in modules if m._forward_pre_hooks]
-        attributes = [{name: t for name, t in vars(m).items() if isinstance(t, Tensor)} for m in hooked]
+        kept += [(vars(m), name, t) for m in modules if m._forward_pre_hooks for name, t in _attributes(m)]
         try:
             with replay(seed):
                 for parameters, name, p in held:
-                    parameters[name] = values[id(p)]  # type: ignore[assignment]
+                    parameters[name] = values[id(p)]
                 for (module, name), value in buffers.items():
                     module._buffers[name] = value
                 result = function(self.upper, self.lower, *arguments)
@@ -112,12 +114,8 @@ class ModulePair:
                     buffers[module, name] = module._buffers[name]  # type: ignore[assignment]
                 return result
         finally:
-            for parameters, name, p in held:
-                parameters[name] = p
-            for table, name, b in kept_buffers:
-                table[name] = b
-            for module, tensors in zip(hooked, attributes, strict=True):
-                vars(module).update(tensors)
+            for table, name, t in (*held, *kept):
+                table[name] = t
 
     def clone_buffers(self) -> Buffers:
         """Copies of all buffers by place; places that share a buffer share its copy."""
@@ -165,7 +163,13 @@ def _live_buffers(modules: list[nn.Module]) -> Iterator[tuple[Place, Tensor]]:
                 yield (module, name), b
 
 
+def _attributes(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, t) for name, t in vars(module).items() if isinstance(t, Tensor)]
+
+
 def _clone_buffers(modules: list[nn.Module]) -> Buffers:
+    if not any([m._buffers for m in modules]):  # most modules of small problems have none
+        return {}
     copies: dict[int, Tensor] = {}
     return {place: copies.setdefault(id(b), b.detach().clone()) for place, b in _live_buffers(modules)}
 

@@ -133,6 +133,8 @@ def draw(data: Any, size: int | None, seed: int, name: str) -> Sample:
 class Tasks:
     """One source or batch per task, for a method that draws among lower problems (``RSVRB``).
 
+    Every other method evaluates all tasks of a batch at once: the module is a ``TaskBatch``, the data one batch.
+
     Args:
         sources: of one loss, a source or a batch per task.
 
@@ -248,8 +250,9 @@ class replay:  # noqa: N801  (used like a function: with replay(seed))
         self._seed = seed
 
     def __enter__(self) -> None:
-        self._states = [(g, g.get_state()) for g in (torch.default_generator, *torch.cuda.default_generators)]
-        for g, _ in self._states:
+        self._states = []
+        for g in (torch.default_generator, *torch.cuda.default_generators):
+            self._states.append((g, g.get_state()))
             g.manual_seed(self._seed)
 
     def __exit__(self, *error: object) -> None:

@@ -62,6 +62,7 @@ class TaskBatch(nn.Module):
     Differs from the paper: nothing. ``Tasks``, of ``RSVRB``, is something else: data of many lower problems of which a
     call draws a few and keeps estimates for all, while here every call evaluates all of its tasks.
 
+    >>> import torch
     >>> tasks = TaskBatch(nn.Linear(3, 2), tasks=4)
     >>> tasks(torch.zeros(4, 5, 3)).shape, [tuple(p.shape) for p in tasks.parameters()]
     (torch.Size([4, 5, 2]), [(4, 2, 3), (4, 2)])

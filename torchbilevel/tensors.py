@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+# Lists are made into tuples below, since a generator would cost as much again as an operation on a small tensor.
 Tensors = tuple[Tensor, ...]
 Scalar = float | Tensor
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 def accumulator(t: Tensor) -> Tensor:
     """Lift half-precision tensors to float32, in which all sums are formed."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+    return t.float() if t.dtype in _HALF else t
 
 
 def _row(t: Tensor) -> Tensor:
-    return accumulator(t if t.dim() == 1 else t.reshape(-1))
+    t = t if t.dim() == 1 else t.reshape(-1)
+    return t.float() if t.dtype in _HALF else t
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -53,24 +59,24 @@ def norm(a: Sequence[Tensor]) -> Tensor:
 
 def add(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensors:
     """The sum a + b."""
-    return tuple(s + t for s, t in zip(a, b, strict=True))
+    return tuple([s + t for s, t in zip(a, b, strict=True)])
 
 
 def sub(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensors:
     """The difference a - b."""
-    return tuple(s - t for s, t in zip(a, b, strict=True))
+    return tuple([s - t for s, t in zip(a, b, strict=True)])
 
 
 def scale(alpha: float | Tensor, a: Sequence[Tensor]) -> Tensors:
     """The multiple alpha a; each tensor keeps its dtype and device."""
-    return tuple(t * _like(alpha, t) for t in a)
+    return tuple([t * _like(alpha, t) for t in a])
 
 
 def axpy(alpha: float | Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensors:
     """The combination alpha a + b; each tensor keeps its dtype and device."""
     if isinstance(alpha, Tensor):
-        return tuple(t + s * _like(alpha, s) for s, t in zip(a, b, strict=True))
-    return tuple(torch.add(t, s, alpha=alpha) for s, t in zip(a, b, strict=True))
+        return tuple([t + s * _like(alpha, s) for s, t in zip(a, b, strict=True)])
+    return tuple([torch.add(t, s, alpha=alpha) for s, t in zip(a, b, strict=True)])
 
 
 def add_scaled_(a: Sequence[Tensor], alpha: Scalar, b: Sequence[Tensor], sign: int = 1) -> None:
@@ -119,26 +125,32 @@ class Layout:
     def pack(self, a: Sequence[Tensor]) -> Tensors:
         """The flat vectors; a tensor alone in its vector is viewed where possible, others are copied."""
         return tuple(
-            torch.cat([piece for i in group for piece in (a[i].reshape(-1), self._gaps[i])])
-            if len(group) > 1
-            else a[group[0]].reshape(-1)
-            for group in self._groups
+            [
+                torch.cat([piece for i in group for piece in (a[i].reshape(-1), self._gaps[i])])
+                if len(group) > 1
+                else a[group[0]].reshape(-1)
+                for group in self._groups
+            ]
         )
 
     def unpack(self, vectors: Sequence[Tensor]) -> Tensors:
         """Views of the flat vectors in the shapes of the tuple."""
         views: dict[int, Tensor] = {}
         for vector, group in zip(vectors, self._groups, strict=True):
+            if len(group) == 1:
+                views[group[0]] = vector.view(self._shapes[group[0]])
+                continue
             start = 0
             for i in group:
                 size = self._shapes[i].numel()
                 views[i] = vector[start : start + size].view(self._shapes[i])
                 start += size + -size % 16
-        return tuple(views[i] for i in range(len(views)))
+        return tuple([views[i] for i in range(len(views))])
 
     def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Scalar:
         """Inner product of flat vectors."""
-        return float(dot(a, b)) if self._on_cpu else dot(a, b)
+        product = dot(a, b)
+        return product.item() if self._on_cpu else product
 
 
 def _like(alpha: float | Tensor, t: Tensor) -> float | Tensor:
@@ -150,22 +162,22 @@ def _like(alpha: float | Tensor, t: Tensor) -> float | Tensor:
 
 def zeros(like: Sequence[Tensor]) -> Tensors:
     """Zeros of the same shapes."""
-    return tuple(torch.zeros_like(t) for t in like)
+    return tuple([torch.zeros_like(t) for t in like])
 
 
 def detach(a: Iterable[Tensor]) -> Tensors:
     """The same tensors without their graphs; storage is shared."""
-    return tuple(t.detach() for t in a)
+    return tuple([t.detach() for t in a])
 
 
 def clone(a: Iterable[Tensor]) -> Tensors:
     """Detached copies that share no storage with ``a``."""
-    return tuple(t.detach().clone() for t in a)
+    return tuple([t.detach().clone() for t in a])
 
 
 def leaves(a: Iterable[Tensor]) -> Tensors:
     """Detached aliases that require gradients: the points at which derivatives are taken."""
-    return tuple(t.detach().requires_grad_() for t in a)
+    return tuple([t.detach().requires_grad_() for t in a])
 
 
 def numel(a: Iterable[Tensor]) -> int:
@@ -180,9 +192,9 @@ def is_finite(*groups: Sequence[Tensor]) -> bool:
     tensors = [t for group in groups for t in group]
     total: dict[torch.device, Tensor] = {}
     for t in tensors:
-        s = accumulator(t.detach()).sum()
+        s = accumulator(t).sum()
         total[t.device] = total[t.device] + s if t.device in total else s
-    if all(bool(torch.isfinite(s)) for s in total.values()):
+    if all(math.isfinite(s.item()) for s in total.values()):
         return True
     return all(bool(torch.isfinite(t).all()) for t in tensors)
 

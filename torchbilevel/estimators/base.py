@@ -199,7 +199,7 @@ class Estimator(ABC):
         self._past = (clone(y), memory, evaluation.hypergradient) if self.keeps_past else None
         problem.set_y(evaluation.y)
         self.memory = self.advance(evaluation)
-        lower, solve = replace(evaluation.lower, y=(), state=None), evaluation.solve
+        lower, solve = LowerResult((), None, evaluation.lower.steps, evaluation.lower.residual), evaluation.solve
         solve = None if solve is None else replace(solve, z=())
         self.last = Evaluation(evaluation.value, (), None, (), None, lower, solve)
         self._draws, self._last_moves = draws, self.moves()

@@ -73,7 +73,7 @@ def correct(
     else:
         upper = _carried(past.upper, new.upper, old.upper, 1.0 - a)
         lower = _carried(past.lower, new.lower, old.lower, 1.0 - b)
-    return replace(new, upper=upper, lower=lower)
+    return Estimate(x, y, upper, lower, new.value, new.z, new.solve)
 
 
 def _carried(past: Tensors, new: Tensors, old: Tensors, keep: float) -> Tensors:

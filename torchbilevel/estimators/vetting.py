@@ -71,5 +71,5 @@ def _outside() -> int:
 
 
 def failed(solve: SolveResult | None) -> bool:
-    """Whether a linear solve ended where its z is not to be trusted."""
-    return solve is not None and solve.status in ("non-positive curvature", "diverged")
+    """Whether a linear solve, which ended in finite numbers, ended where its z is not to be trusted."""
+    return solve is not None and bool((solve.nonpositive | solve.diverged).any())

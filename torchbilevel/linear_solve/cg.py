@@ -89,13 +89,16 @@ class CG(LinearSolver):
             pp = rr + beta * beta * pp  # r is orthogonal to the last p
             alive = alive & (rr > limit)
         nonpositive = (rr > limit) > alive  # only a flat p ends a solve above the limit, and r stays as it was then
-        residual = torch.as_tensor(rr, dtype=size.dtype, device=size.device).sqrt().reshape(size.shape)
-        failed = torch.as_tensor(nonpositive, device=size.device).reshape(size.shape)
+        residual, failed = _fill(size, rr).sqrt(), _fill(size, nonpositive, torch.bool)
         return SolveResult(layout.unpack(z), residual, size, products, tol, failed, torch.zeros_like(failed))
 
 
 def _any(condition: bool | Tensor) -> bool:
     return bool(condition.any() if isinstance(condition, Tensor) and condition.dim() else condition)
+
+
+def _fill(like: Tensor, value: bool | Scalar, dtype: torch.dtype | None = None) -> Tensor:
+    return value.reshape(like.shape) if isinstance(value, Tensor) else torch.full_like(like, value, dtype=dtype)
 
 
 def _finite_or_nan(a: Scalar) -> Scalar:

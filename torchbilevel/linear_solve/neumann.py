@@ -60,14 +60,15 @@ class Neumann(LinearSolver):
     def solve(self, matvec: MatVec, b: Tensors, z0: Tensors | None = None, tasks: int | None = None) -> SolveResult:
         """Sum the series; see the class."""
         z, r = (zeros(b), clone(b)) if z0 is None else (z0, sub(b, matvec(z0)))
-        start = norms(r, tasks)
+        size = norms(b, tasks)
+        start = size if z0 is None else norms(r, tasks)
         z = axpy(self.lr, r, z)
         for _ in range(self.steps):
             torch._foreach_sub_(r, matvec(r), alpha=self.lr)
             torch._foreach_add_(z, r, alpha=self.lr)
         residual, products = norms(r, tasks), self.steps + (z0 is not None)
         nonpositive = torch.zeros_like(residual, dtype=torch.bool)
-        return SolveResult(z, residual, norms(b, tasks), products, None, nonpositive, residual > start)
+        return SolveResult(z, residual, size, products, None, nonpositive, residual > start)
 
 
 class RandomTruncation(LinearSolver):
