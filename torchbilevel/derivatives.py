@@ -73,7 +73,10 @@ def _sweep(
     if _engine is None or any([c.shape != o.shape for o, c in zip(outputs, seeds, strict=True)]):
         # Which also says what is wrong with a shape.
         return torch.autograd.grad(outputs, inputs, cotangents, keep, graph, allow_unused=True)
-    return _engine(tuple(outputs), seeds, keep, graph, tuple(inputs), True, accumulate_grad=False)
+    products: tuple[Tensor | None, ...] = _engine(
+        tuple(outputs), seeds, keep, graph, tuple(inputs), True, accumulate_grad=False
+    )
+    return products
 
 
 def _dense(products: Sequence[Tensor | None], inputs: Sequence[Tensor], loss: str, graph: bool = False) -> Tensors:
