@@ -1,10 +1,12 @@
 """Samples to a small hypergradient: single-loop stochastic methods, and ours, on regularised logistic regression.
 
-One log penalty per feature of the breast cancer data is learned on a validation part. A seed draws the split and all
-samples. Every method has a grid of equal size, tuned on TUNING_SEEDS, which are not reported. Samples are all gradients
-and products times their rows, first passes included; the exact |grad Phi| is computed off-line and not counted.
+One log penalty per feature is learned on a validation part: of the breast cancer data, or of scikit-learn's digits,
+even against odd. A seed draws the split and all samples. Every method has a grid of equal size, tuned on TUNING_SEEDS,
+which are not reported. Samples are all gradients and products times their rows, first passes included; the exact
+|grad Phi| is computed off-line and not counted. "Growing" methods see an eighth of the rows in the first call, and
+twice as many in every further call.
 
-    python -m benchmarks.single_loop [--smoke] [--output DIRECTORY]
+    python -m benchmarks.single_loop [--data digits] [--only NAME ...] [--smoke] [--output DIRECTORY]
 """
 
 from __future__ import annotations
@@ -20,20 +22,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_breast_cancer
+from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor
 
-from torchbilevel import CG, GD, SABA, SOBA, BatchSizes, BilevelProblem, Implicit, Method, sample
+from torchbilevel import CG, GD, SABA, SOBA, BatchSizes, BilevelProblem, Implicit, Method, SharedInverse, sample
 from torchbilevel.estimators.saba import Saba
 
 LEVELS = (3e-3, 1e-3, 1e-4)
-TRAIN, BATCH, RIDGE, START = 380, 20, 0.005, -1.0
+BATCH, RIDGE, START = 20, 0.005, -1.0
 TUNING_SEEDS, SEEDS = (97, 98, 99), range(10)
-BUDGET = 120_000
+BUDGET = {"cancer": 120_000, "digits": 240_000}
+GROWTH = 8  # the first call of a growing method sees rows / GROWTH
 INNER = (0.1, 0.2, 0.4, 0.8)  # step sizes rho of y (and of z in the single-loop methods)
 RATIO = (30.0, 75.0, 150.0, 300.0)  # lr / rho where the rule is a gradient step with y and z in step
 ADAM = (0.03, 0.1, 0.3, 1.0)
-OUTER = (20.0, 40.0, 80.0, 160.0)  # lr of momentum steps on deterministic hypergradients
+OUTER = (20.0, 40.0, 80.0, 160.0)  # lr of steps on deterministic hypergradients
 
 Pair = tuple[Tensor, Tensor]
 
@@ -49,13 +52,16 @@ class Vector(torch.nn.Module):
 class Task:
     """The problem of one split."""
 
-    def __init__(self, seed: int) -> None:
-        data = load_breast_cancer()
-        X = torch.tensor(data.data)
-        t = torch.tensor(2.0 * data.target - 1, dtype=torch.float64)
+    def __init__(self, seed: int, data: str = "cancer") -> None:
+        loaded = load_breast_cancer() if data == "cancer" else load_digits()
+        target = loaded.target if data == "cancer" else loaded.target % 2
+        X = torch.tensor(loaded.data)
+        X = X[:, X.std(0) > 0]  # some pixels are empty
+        t = torch.tensor(2.0 * target - 1, dtype=torch.float64)
         order = torch.randperm(len(t), generator=torch.Generator().manual_seed(seed))
         X, t = ((X - X.mean(0)) / X.std(0))[order], t[order]
-        self.train, self.valid = (X[:TRAIN], t[:TRAIN]), (X[TRAIN:], t[TRAIN:])
+        n = 2 * len(t) // 3 + 1  # 380 of 569, 1199 of 1797
+        self.train, self.valid = (X[:n], t[:n]), (X[n:], t[n:])
         self.start = torch.full((X.shape[1],), START, dtype=torch.float64)
         self.problem = BilevelProblem(
             Vector(self.start), Vector(torch.zeros_like(self.start)), upper_loss=self.upper, lower_loss=self.lower
@@ -97,6 +103,10 @@ def saba(p: BilevelProblem, rho: float, ratio: float) -> Method:
     return SABA(p, ratio * rho, lower_solver=GD(rho, 1), batch_size=BATCH, lower_batch_size=BATCH)
 
 
+def saba_small(p: BilevelProblem, rho: float, ratio: float) -> Method:
+    return SABA(p, ratio * rho, lower_solver=GD(rho, 1), batch_size=BATCH // 4, lower_batch_size=BATCH // 4)
+
+
 def soba(p: BilevelProblem, rho: float, ratio: float) -> Method:
     return SOBA(p, ratio * rho, lower_solver=GD(rho, 1), batch_size=BATCH, lower_batch_size=BATCH)
 
@@ -121,6 +131,10 @@ def aid_adam(p: BilevelProblem, rho: float, lr: float) -> Method:
     return Method(p, estimator, torch.optim.Adam(p.upper.parameters(), lr=lr))
 
 
+def shared_inverse(p: BilevelProblem, rho: float, lr: float) -> Method:
+    return Method(p, SharedInverse(GD(rho, 3)), torch.optim.SGD(p.upper.parameters(), lr=lr))
+
+
 Build = Callable[[BilevelProblem, float, float], Method]
 ENTRIES: dict[str, tuple[Build, tuple[float, ...]]] = {  # each over INNER times its own second setting
     "SABA": (saba, RATIO),
@@ -129,17 +143,22 @@ ENTRIES: dict[str, tuple[Build, tuple[float, ...]]] = {  # each over INNER times
     "Saba + momentum": (saba_momentum, RATIO),
     "AID + momentum": (aid_momentum, OUTER),
     "SOBA": (soba, RATIO),
+    "SABA, blocks of 5": (saba_small, RATIO),
+    "AID + momentum, growing": (aid_momentum, OUTER),
+    "SharedInverse": (shared_inverse, OUTER),
+    "SharedInverse, growing": (shared_inverse, OUTER),
 }
 
 
-def play(build: Build, first: float, second: float, seed: int, budget: int) -> list[float]:
+def play(
+    build: Build, first: float, second: float, seed: int, budget: int, data: str = "cancer", growing: bool = False
+) -> list[float]:
     """Samples at which each level is first met; infinite where it is not."""
-    task, hits, look = Task(seed), [math.inf] * len(LEVELS), 0.0
+    task, hits, look, calls = Task(seed, data), [math.inf] * len(LEVELS), 0.0, 0
     method = build(task.problem, first, second)
     counts = method.estimator.counts
     lower, upper = sample(task.train, 2 * seed), sample(task.valid, 2 * seed + 1)
-    whole = isinstance(method.estimator, Implicit) and method.estimator.batch_sizes is None
-    sources = {"lower": task.train, "upper": task.valid} if whole else {"lower": lower, "upper": upper}
+    whole = isinstance(method.estimator, Implicit | SharedInverse)
     while (spent := sum(n for name, n in counts.state_dict().items() if name.endswith("_samples"))) < budget:
         if spent >= look:
             look = 1.03 * spent + 400  # one grid of looks for all: a level is noticed at most 3 % late
@@ -149,13 +168,24 @@ def play(build: Build, first: float, second: float, seed: int, budget: int) -> l
             hits = [min(hit, spent) if size <= level else hit for hit, level in zip(hits, LEVELS, strict=True)]
             if math.isfinite(max(hits)):
                 break
+        share = min(1.0, 2**calls / GROWTH) if growing else 1.0
+        sources: dict[str, Any] = {"lower": lower, "upper": upper}
+        if whole:
+            sources = {"lower": part(task.train, share), "upper": part(task.valid, share)}
         method.zero_grad()
         try:
             method.backward(**sources)
         except (FloatingPointError, torch.linalg.LinAlgError):
             break
         method.step()
+        calls += 1
     return hits
+
+
+def part(tensors: Pair, share: float) -> Pair:
+    """The first rows; the split has shuffled them."""
+    n = math.ceil(share * len(tensors[0]))
+    return tensors[0][:n], tensors[1][:n]
 
 
 def merit(runs: list[list[float]]) -> tuple[int, float]:
@@ -171,27 +201,37 @@ def show(n: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="one setting per method, one seed, a small budget")
-    parser.add_argument("--budget", type=int, default=BUDGET, help="samples per run")
+    parser.add_argument("--data", choices=BUDGET, default="cancer")
+    parser.add_argument(
+        "--only", nargs="+", choices=ENTRIES, default=list(ENTRIES), help="rows to run; others are kept"
+    )
+    parser.add_argument("--budget", type=int, help="samples per run")
     parser.add_argument("--output", type=Path, default=Path("results"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, budget = (SEEDS[:1], 6_000) if options.smoke else (SEEDS, options.budget)
-    rows = []
+    seeds, budget = (SEEDS[:1], 6_000) if options.smoke else (SEEDS, options.budget or BUDGET[options.data])
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "single_loop.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     print("| method | settings | " + " | ".join(f"{level:g}" for level in LEVELS) + " |  (thousands of samples)")
-    for name, (build, grid) in ENTRIES.items():
+    for name in options.only:
+        build, grid = ENTRIES[name]
+        where: dict[str, Any] = {"data": options.data, "growing": name.endswith("growing")}
         settings = [(INNER[1], grid[1])] if options.smoke else list(product(INNER, grid))
         tuning_seeds = TUNING_SEEDS[:1] if options.smoke else TUNING_SEEDS
-        tuning = [(s, [play(build, *s, seed, budget) for seed in tuning_seeds]) for s in settings]
+        tuning = [(s, [play(build, *s, seed, budget, **where) for seed in tuning_seeds]) for s in settings]
         best = min(tuning, key=lambda run: merit(run[1]))[0]
         inside = best[0] in INNER[1:-1] and best[1] in grid[1:-1]
-        runs = [play(build, *best, seed, budget) for seed in seeds]
-        rows.append({"method": name, "settings": best, "inside": inside, "tuning": tuning, "hits": runs})
+        runs = [play(build, *best, seed, budget, **where) for seed in seeds]
+        rows = [row for row in rows if (row["method"], row["data"]) != (name, options.data)]
+        rows.append(
+            {"method": name, "data": options.data, "settings": best, "inside": inside, "tuning": tuning, "hits": runs}
+        )
         columns = list(zip(*runs, strict=True))
         cells = [f"{show(statistics.median(c))} ({show(min(c))} to {show(max(c))})" for c in columns]
         edge = "" if inside else " (edge)"
         print(f"| {name} | {best[0]:g}, {best[1]:g}{edge} | " + " | ".join(cells) + " |", flush=True)
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "single_loop.json").write_text(json.dumps({"levels": LEVELS, "rows": rows}, indent=1))
+        path.write_text(json.dumps({"levels": LEVELS, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

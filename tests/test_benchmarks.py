@@ -161,8 +161,9 @@ def test_escapes_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 # --- single_loop ------------------------------------------------------------------------------------------------------
 
 
-def test_the_exact_hypergradient_is_that_of_differences() -> None:
-    task = single_loop.Task(0)
+@pytest.mark.parametrize("data", single_loop.BUDGET)
+def test_the_exact_hypergradient_is_that_of_differences(data: str) -> None:
+    task = single_loop.Task(0, data)
     x = torch.linspace(-2, 0, len(task.start), dtype=torch.float64)
 
     def phi(x: Tensor) -> float:

@@ -7,6 +7,7 @@ from torchbilevel.estimators.implicit import Implicit
 from torchbilevel.estimators.penalty import Penalty
 from torchbilevel.estimators.probe import Probe
 from torchbilevel.estimators.recursion import Hybrid, Plain, Recursion, Spider, Storm
+from torchbilevel.estimators.shared_inverse import SharedInverse
 from torchbilevel.estimators.unrolled import Unrolled
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Plain",
     "Probe",
     "Recursion",
+    "SharedInverse",
     "Spider",
     "Storm",
     "Unrolled",
