@@ -7,9 +7,9 @@ and the numbers that a rank hands to all-reduces per step, counted where they ar
 
     (p + q + 1) F + (q + 1) G + q H + p J
 
-for p upper and q lower variables, F gradients of f, G of g, H products with g_yy and J with g_xy (a number more or less per
-value that is, or is not, asked for). The table for more
-ranks is arithmetic, not a measurement: a ring all-reduce of b bytes over R ranks sends 2 (R - 1) / R b bytes from each.
+for p upper and q lower variables, F gradients of f, G of g, H products with g_yy and J with g_xy (a number more or less
+per value that is, or is not, asked for). The table for more ranks is arithmetic, not a measurement: a ring all-reduce
+of b bytes over R ranks sends 2 (R - 1) / R b bytes from each.
 """
 
 from __future__ import annotations

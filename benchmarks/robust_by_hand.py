@@ -6,7 +6,7 @@ in U and n r_i^2 / (2 s) e_i - c (y - 1/n), summed, in y.
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -54,6 +54,7 @@ class ByHand:
         self.U, self.y = data.start.clone(), data.respond(data.start).y
         self.entries, self.full = data.entries, data.batch()
         self.ranks = torch.arange(1, self.n + 1, dtype=self.U.dtype, device=self.U.device)
+        self._rows = self.U.new_empty(size, len(self.entries))
         self.t = 0
         self.old: tuple[Tensor, Tensor] = (self.U, self.y)
         self.v: Tensor = self.U
@@ -61,16 +62,16 @@ class ByHand:
 
     def _draw(self) -> Batch:
         index = torch.randint(self.n, (self.size,), device=self.U.device)
-        return self.data.A[index], self.data.b[index], index
+        # Into the memory of the last ones, which are no longer needed.
+        rows = torch.index_select(self.data.A, 0, index, out=self._rows)
+        return rows, self.data.b.index_select(0, index), index
 
     def gradient(self, U: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """f_U and f_y on a batch."""
         A, b, index = batch
-        r = A @ (U @ U.T).flatten()[self.entries] - b
-        weights = y[index] * r * (self.n / len(b))
-        half = U.new_zeros(self.d * self.d)
-        half[self.entries] = weights @ A
-        half = half.view(self.d, self.d)
+        r = torch.addmv(b, A, (U @ U.T).view(-1).index_select(0, self.entries), beta=-1)
+        weights = y.index_select(0, index).mul_(r).mul_(self.n / len(b))
+        half = U.new_zeros(self.d * self.d).index_copy_(0, self.entries, weights @ A).view(self.d, self.d)
         in_y = (y - 1 / self.n).mul_(-self.c)
         in_y.index_add_(0, index, r.square_().mul_(0.5 * self.n / len(b)))
         return (half + half.T) @ U, in_y
@@ -113,39 +114,52 @@ class ByHand:
         self.t += 1
 
 
+class ByAutograd(ByHand):
+    """The same loop on gradients of the loss by autograd."""
+
+    def gradient(self, U: Tensor, y: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """f_U and f_y on a batch."""
+        U, y = U.detach().requires_grad_(), y.detach().requires_grad_()
+        upper: Any = SimpleNamespace(value=U, entries=self.entries)
+        lower: Any = SimpleNamespace(value=y, concavity=self.c)
+        return torch.autograd.grad(loss(upper, lower, batch), (U, y))
+
+
 def speed(name: str, d: int, rounds: int, device: str) -> dict[str, Any]:
-    """Milliseconds of processor time of a step, ours and by hand, and of a gradient, with either way to store A.
+    """Milliseconds of processor time of a step and of a gradient, ours and by hand, with either way to store A.
 
     Args:
         name: "PRGDA" or "SREDA".
         d: rows of U.
-        rounds: of a period each, in turns; the least time counts.
+        rounds: of a period each, step by step in turns; the median over rounds counts.
         device: where to compute.
 
     Returns:
-        The times by storage, and the ratio of the first two.
+        The times by storage, and the median ratios of ours to the loops by hand.
     """
     result: dict[str, Any] = {}
     for storage in ("upper triangles", "whole matrices"):
         data = robust_sensing(0, d, whole=storage == "whole matrices", device=device)
         loops = _loops(name, data)
-        best = dict.fromkeys(loops, math.inf)
-        for _ in range(rounds):
-            for key, step in loops.items():
-                begun = time.process_time()
-                for _ in range(PERIOD):
+        spent = {key: [0.0] * rounds for key in loops}
+        for i in range(rounds):
+            for _ in range(PERIOD):
+                for key, step in loops.items():
+                    begun = time.process_time()
                     step()
-                best[key] = min(best[key], (time.process_time() - begun) / PERIOD * 1e3)
-        result[storage] = {**best, "ratio": best["ours"] / best["by hand"]}
+                    spent[key][i] += (time.process_time() - begun) / PERIOD * 1e3
+        times = {key: statistics.median(of_rounds) for key, of_rounds in spent.items()}
+        result[storage] = times
+        for key, other in (("ratio", "by hand"), ("ratio to autograd", "by hand, autograd")):
+            ratios = [a / b for a, b in zip(spent["ours"], spent[other], strict=True)]
+            result[storage][key] = statistics.median(ratios)
     return rounded(result, 4)  # type: ignore[no-any-return]
 
 
 def _loops(name: str, data: RobustSensing) -> dict[str, Callable[[], Any]]:
     method, source = BUILD[name](data, 0, lr=1e-3), data.source(0)
-    hand, batch = ByHand(data, after=name == "SREDA"), source(BATCH)
-    U, y = (p.detach().clone().requires_grad_() for p in (*method.problem.x, *method.problem.y))
-    upper: Any = SimpleNamespace(value=U, entries=data.entries)
-    lower: Any = SimpleNamespace(value=y, concavity=data.concavity)
+    hand, autograd = (kind(data, after=name == "SREDA") for kind in (ByHand, ByAutograd))
+    at = hand.U, hand.y, source(BATCH)
 
     def ours() -> None:
         method.zero_grad()
@@ -155,6 +169,7 @@ def _loops(name: str, data: RobustSensing) -> dict[str, Callable[[], Any]]:
     return {
         "ours": ours,
         "by hand": hand.step,
-        "gradient": lambda: torch.autograd.grad(loss(upper, lower, batch), (U, y)),
-        "gradient by hand": lambda: hand.gradient(U.detach(), y.detach(), batch),
+        "by hand, autograd": autograd.step,
+        "gradient by hand": lambda: hand.gradient(*at),
+        "gradient": lambda: autograd.gradient(*at),
     }

@@ -95,6 +95,17 @@ def generic_table(rows: list[Row]) -> str:
     return table(["d, s", "seeds", *METHODS, "PRGDA over the last"], lines) if lines else ""
 
 
+def unscaled_table(rows: list[Row]) -> str:
+    """Our pair with the lr of d = 50 in larger problems."""
+    lines = []
+    for d, s in sorted({(row["setting"]["d"], row["setting"]["spread"]) for row in rows if _is(row, part="unscaled")}):
+        own = where(rows, part="unscaled", d=d, spread=s)
+        calls = [r["reached"][CLOSER if s == 0 else CLOSE] for r in own]
+        failed = f"{sum(c is None for c in calls)} of {len(own)}"
+        lines.append([f"{d}, {s:g}", CLOSER if s == 0 else CLOSE, median_range(calls), failed])
+    return table(["d, s", "ratio", "calls", "runs that do not get there"], lines) if lines else ""
+
+
 def tried_table(rows: list[Row]) -> str:
     """Other pairs."""
     lines = []
@@ -180,9 +191,26 @@ def speed_table(rows: list[Row]) -> str:
     for row in rows:
         if _is(row, part="speed"):
             for storage, own in row["result"].items():
-                keys = ("ours", "by hand", "ratio", "gradient", "gradient by hand")
+                keys = (
+                    "ours",
+                    "by hand",
+                    "ratio",
+                    "by hand, autograd",
+                    "ratio to autograd",
+                    "gradient by hand",
+                    "gradient",
+                )
                 lines.append([f"{row['setting']['name']}, {storage}", *(f"{own[key]:.3g}" for key in keys)])
-    header = ["method, A_i stored as", "ours", "by hand", "ratio", "gradient, autograd", "gradient, by hand"]
+    header = [
+        "method, A_i stored as",
+        "ours",
+        "(1) bare",
+        "ratio",
+        "(2) autograd",
+        "ratio",
+        "gradient (1)",
+        "gradient (2)",
+    ]
     return table(header, lines) if lines else ""
 
 

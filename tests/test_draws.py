@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from torchbilevel.draws import BatchSizes, Draws
+from torchbilevel.sources import sample
 
 
 class Recorder:
@@ -99,3 +101,29 @@ def test_a_copy_keeps_the_samples_and_leaves_the_sources() -> None:
 def test_sizes_out_of_range(size: Any) -> None:
     with pytest.raises(ValueError, match=rf"hvp_batch_size \(hvp\) must be a positive integer or None, got {size}"):
         BatchSizes(hvp=size)
+
+
+def test_of_a_large_sample_the_numbers_of_the_rows_are_kept() -> None:
+    data = torch.arange(200.0).repeat_interleave(100_000).view(200, 100_000)
+    expected = [rows.clone() for rows in map(sample(data, seed=4), (5, 5, 5))]
+    source = sample(data, seed=4)
+    draws = Draws(source, source, 0, BatchSizes(upper=5), True)
+    first = draws.at(0).upper
+    assert draws.at(0).upper is first
+    taken = [first.batch, draws.at(1).upper.batch, draws.at(2).upper.batch]
+    # Rows that later steps have pushed out are taken again, not drawn again, and a copy without the source has them.
+    again = [draws.at(k).upper.batch for k in range(3)]
+    assert source.draws == 3 and draws.at(0).upper.seed == first.seed and draws.at(0).upper is not first
+    copied = [copy.deepcopy(draws).at(k).upper.batch for k in range(3)]
+    for rows in zip(expected, taken, again, copied, strict=True):
+        assert all(torch.equal(rows[0], other) for other in rows[1:])
+
+
+def test_of_large_samples_those_of_one_step_are_in_memory() -> None:
+    source = sample(torch.zeros(50, 100_000), seed=0)
+    draws, alive = Draws(source, source, 0, BatchSizes(upper=5), True), []
+    for k in range(4):
+        alive.append(weakref.ref(draws.at(k).upper.batch))
+        assert [ref() is not None for ref in alive] == [False] * k + [True]
+    draws.put_away()
+    assert alive[-1]() is None

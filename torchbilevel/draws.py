@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from torchbilevel.samples import Sample, Samples, Tasks, draw
+from torchbilevel.sources import sample as table
 from torchbilevel.tensors import mix_seed
 
 Role = Literal["upper", "lower", "jvp", "hvp"]
 _ROLES: tuple[Role, ...] = ("upper", "lower", "jvp", "hvp")
+_LARGE = 1 << 17  # bytes
 # A size by its name here and, for those who have never met this class, as an argument of a method.
 _ARGUMENTS = {
     "upper": "batch_size (upper)",
@@ -73,8 +77,9 @@ class BatchSizes:
 class Draws:
     """The samples of one iteration, by use.
 
-    Evaluating at several points, or again in a probe, meets the same samples, since a draw is remembered. Without batch
-    sizes there is one lower and one upper sample, for all uses.
+    Evaluating at several points, or again in a probe, meets the same samples, since a draw is remembered: of a large
+    one from a ``tb.sample`` the numbers of its rows, which are taken again where a later step has met others since.
+    Without batch sizes there is one lower and one upper sample, for all uses.
 
     Args:
         lower: a batch or a source for g.
@@ -95,6 +100,7 @@ class Draws:
             sizes = replace(sizes, lower=sizes.upper)
         self.seed, self._sizes, self._minimax = seed, sizes, minimax
         self._samples: dict[tuple[int, ...], Sample] = {}
+        self._numbers: dict[tuple[int, ...], Tensor] = {}  # of the rows of large ones
         self._pair: Samples | None = None
         self._tasks: list[Draws] = []
         self._lengths = [len(data) for data in (lower, upper) if isinstance(data, Tasks)]
@@ -168,10 +174,23 @@ class Draws:
         if self._sizes is None:
             return self.pair.upper if role == "upper" else self.pair.lower
         key = (_ROLES.index(role), int(anchor), *index)
-        if key not in self._samples:
+        found = self._samples.get(key)
+        if found is None:
             size = self._sizes.size(role, anchor) if size is None else size
-            self._samples[key] = self._draw("upper" if role == "upper" else "lower", size, mix_seed(self.seed, *key))
-        return self._samples[key]
+            found = self._samples[key] = self._take(key, "upper" if role == "upper" else "lower", size)
+        return found
+
+    def put_away(self, but: tuple[int, ...] = ()) -> None:
+        """Free the rows of large samples that can be taken again, but for those of one inner step.
+
+        The next ones then lie where they lay, in place of pages that the system hands out, and takes back, every time.
+
+        Args:
+            but: the step, as (anchor, k).
+        """
+        for key in self._numbers:
+            if key[1:3] != but:
+                self._samples.pop(key, None)
 
     def size(self, role: Role, anchor: bool) -> int | None:
         """The number of data points that a use draws, where it is known beforehand."""
@@ -185,6 +204,15 @@ class Draws:
         lower = self._draw("lower", None, mix_seed(self.seed, 0))
         return Samples(lower, lower if self._minimax else self._draw("upper", None, mix_seed(self.seed, 1)))
 
+    def _take(self, key: tuple[int, ...], side: str, size: int | None) -> Sample:
+        seed, source = mix_seed(self.seed, *key), self._sources()[side]
+        if type(source) is not table or size is None or size >= source.rows or size * source.row_bytes < _LARGE:
+            return self._draw(side, size, seed)
+        self.put_away(key[1:3])
+        if key not in self._numbers:
+            self._numbers[key] = source.choose(size)
+        return Sample(source.take(self._numbers[key]), seed)
+
     def _draw(self, side: str, size: int | None, seed: int) -> Sample:
         return draw(self._sources()[side], size, seed, self._names[side])
 
@@ -195,7 +223,8 @@ class Draws:
 
     def __getstate__(self) -> dict[str, Any]:
         # A source is the user's: a copy of the estimator neither copies it nor draws from the original's.
-        return {**vars(self), "_data": None}
+        away = {key: self._take(key, "upper" if key[0] == 0 else "lower", len(n)) for key, n in self._numbers.items()}
+        return {**vars(self), "_data": None, "_samples": {**self._samples, **away}, "_numbers": {}}
 
 
 class Draw:

@@ -110,8 +110,9 @@ def _to_simplex(t: Tensor, total: float) -> Tensor:
     # The projection does not change when t is shifted along (1, ..., 1). Shifted to maximum 0, it loses no digits to
     # a large mean, and the largest entry always exceeds its threshold -total.
     wide = accumulator(t)
-    shifted = wide - wide.detach().amax(dim=-1, keepdim=True)
-    ordered = shifted.sort(dim=-1, descending=True).values
+    ordered = wide.sort(dim=-1, descending=True).values
+    top = ordered[..., :1].detach()
+    shifted, ordered = wide - top, ordered - top
     rank = torch.arange(1, t.shape[-1] + 1, dtype=wide.dtype, device=t.device)
     thresholds = (ordered.cumsum(-1) - total) / rank
     # The lower bound is for entries that are not finite: they must come out as such, not as an index error.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -25,6 +26,7 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
 
     Attributes:
         rows: their number.
+        row_bytes: the size of one.
         draws: made so far.
 
     Raises:
@@ -54,6 +56,7 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
         if len(rows) != 1 or 0 in rows:
             raise ValueError(f"tensors must be non-empty tensors that share their first dimension, got {shapes}")
         (self.rows,) = rows
+        self.row_bytes = sum(t.nbytes for t in self._columns.values()) // self.rows
         self._seed = seed
         self.draws = 0
 
@@ -85,7 +88,7 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
             A 1-d tensor on the device of the first of ``tensors``.
         """
         device = next(iter(self._columns.values())).device
-        generator = torch.Generator(device).manual_seed(mix_seed(self._seed, self.draws))
+        generator = _generator(device).manual_seed(mix_seed(self._seed, self.draws))
         self.draws += 1
         return torch.randint(self.rows, (n,), generator=generator, device=device)
 
@@ -100,7 +103,8 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
         """
         columns = self._columns
         if index is not None:
-            columns = {name: t[index.to(t.device)] for name, t in columns.items()}
+            # Rows are copied one by one so, and not entry by entry.
+            columns = {name: t.index_select(0, index.to(t.device)) for name, t in columns.items()}
         if self._form is dict:
             return dict(columns)
         return columns[0] if self._form is Tensor else tuple(columns.values())
@@ -261,4 +265,12 @@ def _rows(batch: Any, start: int, end: int, rows: int) -> Any:
     return batch
 
 
+def _generator(device: torch.device) -> torch.Generator:
+    # To make one costs more than a draw. One per thread, so that nobody draws between seeding and drawing.
+    made: dict[str, torch.Generator] = vars(_GENERATORS)
+    name = str(device)
+    return made[name] if name in made else made.setdefault(name, torch.Generator(device))
+
+
+_GENERATORS = threading.local()
 _END = object()

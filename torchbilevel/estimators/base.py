@@ -188,6 +188,8 @@ class Estimator(ABC):
         """
         problem = self.problem
         draws = problem.draws(batch, lower, upper, mix_seed(self.seed, self.memory.calls), self.batch_sizes)
+        if self._draws is not None:
+            self._draws.put_away()
         x, y, memory = problem.x, self.start(draws.seed), self.memory
         if memory.calls == 0 and self.initial_solver is not None:
             initial = self._run(self.initial_solver, x, y, None, draws, first=_INITIAL)
