@@ -144,6 +144,7 @@ def certify(
     and Jordan, ICML 2020 (their second-order conditions); Nesterov and Polyak, 2006 (epsilon_H = sqrt(rho epsilon)).
     """
     require_problem(problem)
+    problem.ranks.require_same("seed", seed, problem.x[0].device)
     return certify_samples(
         problem,
         problem.sample(batch, lower, upper, seed=mix_seed(seed, 0)),

@@ -144,11 +144,18 @@ def _warn_of_cut(value_of: Callable[..., Tensor], name: str, point: Tensors, n: 
 
 
 def _warn_of_ranks(problem: Any, pair: ModulePair, names: tuple[str, str], samples: Samples) -> None:
-    """Warn where several ranks do not equal one process on the joined batch."""
-    gather = problem.ranks.gather
+    """Warn where several ranks do not equal one process on the joined batch; raise where they are at several points."""
+    gather, device = problem.ranks.gather, problem.x[0].device
+    for side, point in (("upper", problem.x), ("lower", problem.y)):
+        found = gather(float(norm(point) + 0.5 * sum(t.sum() for t in point)), device)
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"the parameters of {side} differ between the ranks: something changed them on some ranks alone after "
+                f"the problem was made; load checkpoints on every rank, and make the problem when all is in place"
+            )
     evaluated = [(names[0], problem.upper_value, samples.upper), (names[1], problem.lower_value, samples.lower)]
     for name, value_of, sample in evaluated[:1] if problem.minimax else evaluated:
-        sizes = [int(size) for size in gather(sample.size)]
+        sizes = [int(size) for size in gather(sample.size, device)]
         if len(set(sizes)) > 1:
             warnings.warn(
                 f"the batches of {name} have {sizes} data points on the ranks: each rank weighs the same in an "
@@ -157,7 +164,7 @@ def _warn_of_ranks(problem: Any, pair: ModulePair, names: tuple[str, str], sampl
             )
         _, batch, seed = next(sample.parts())
         with torch.no_grad():
-            values = gather(float(value_of(problem.x, problem.y, batch, seed)))
+            values = gather(float(value_of(problem.x, problem.y, batch, seed)), device)
         if batch is not None and len(set(values)) == 1:
             warnings.warn(
                 f"{name} is {values[0]:g} on every rank, as if all had brought the same batch; give each rank rows of "

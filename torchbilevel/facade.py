@@ -63,7 +63,10 @@ class Facade(torch.optim.Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state = {**self.rule.state_dict(), "method": {"kind": self._kind(), **self._memory()}}
+        outer = self.rule.state_dict()
+        # Once more in a tuple, which torch.distributed.checkpoint loads whole: of a dict it loads the entries that are
+        # there already, and the state of a new optimizer is empty.
+        state = {**outer, "method": {"kind": self._kind(), "state": (outer["state"],), **self._memory()}}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
@@ -90,6 +93,9 @@ class Facade(torch.optim.Optimizer):
         own = state.pop("method")
         if own["kind"] != self._kind():
             raise ValueError(f"state_dict must come from a method with {self._kind()}, got one with {own['kind']}")
+        (whole,) = own["state"]
+        if not _alike(state["state"], whole):
+            state["state"] = whole
         self.rule.load_state_dict(deepcopy(state))  # torch would go on using its tensors
         self._restore(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -119,3 +125,12 @@ class Facade(torch.optim.Optimizer):
             "GradScaler scales the loss before backward, and a method's backward starts from its own losses, unscaled: "
             "use bfloat16 autocast inside the losses, without GradScaler"
         )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether nested dicts, lists and tuples have the same entries."""
+    if isinstance(b, dict):
+        return isinstance(a, dict) and a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in b)
+    if isinstance(b, list | tuple):
+        return isinstance(a, list | tuple) and len(a) == len(b) and all(map(_alike, a, b))
+    return True

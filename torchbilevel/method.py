@@ -106,6 +106,7 @@ class Method(Facade):
             if not isinstance(verify, Verify):
                 raise TypeError(f"verify must be Verify(step_length=...) or None, got {verify!r}")
             verify.require(problem, rule)
+        problem.ranks.require_same("seed", getattr(rule, "seed", 0), problem.x[0].device)
         self.problem, self.estimator, self.verify = problem, estimator, verify
         self.certificate: Certificate | None = None
         estimator.bind(problem)

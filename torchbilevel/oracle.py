@@ -105,7 +105,8 @@ class Oracle:
         ranks = self.losses.ranks
         shared = ranks.shared((*x, *y))
         xs, ys = shared[: len(x)], shared[len(x) :]
-        return ranks.averaged(over_parts(sample, lambda batch, seed: self.gradient_graph(xs, ys, ys, batch, seed)))
+        gradient = over_parts(sample, lambda batch, seed: self.gradient_graph(xs, ys, ys, batch, seed))
+        return ranks.averaged(gradient, shared)
 
     def linearize(self, x: Tensors, y: Tensors, sample: Sample, in_x: bool = False) -> LowerLinearization:
         """The derivative of g_y at (x, y), for repeated products. Cost: one gradient of g with its graph kept."""
@@ -149,7 +150,8 @@ class Oracle:
             anywhere = anywhere or any(found)
             return product
 
-        return self.mean(sample, part), anywhere
+        product = over_parts(sample, part)
+        return self.losses.ranks.average_and_any(product, anywhere)
 
     def mean(self, sample: Sample, function: Callable[[Any, int], Tensors]) -> Tensors:
         """The average of a function of batch and seed over the parts of a sample, and over the ranks."""
@@ -178,8 +180,9 @@ class Oracle:
             in_x = in_x or any(found[: len(xs)])
             return value.detach(), *gradients
 
-        found = self.mean(sample, part)
-        return found[0], found[1 : 1 + len(xs)], found[1 + len(xs) :], in_x
+        total = over_parts(sample, part)
+        total, in_x = self.losses.ranks.average_and_any(total, in_x)
+        return total[0], total[1 : 1 + len(xs)], total[1 + len(xs) :], in_x
 
     def _upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
         return scalar(self.losses.upper_value(x, y, batch, seed), "upper_loss")
@@ -215,17 +218,17 @@ class LowerLinearization:
     """
 
     def __init__(self, oracle: Oracle, x: Tensors, y: Tensors, sample: Sample, in_x: bool = False) -> None:
-        self._oracle, self._sample, self._in_x = oracle, sample, in_x
+        self._oracle, self._ranks, self._sample, self._in_x = oracle, oracle.losses.ranks, sample, in_x
         self._x, self._y = leaves(x), leaves(y)
         oracle.count_lower_gradient(sample)
         self._kept = self._graph(sample.batch, sample.seed) if sample.whole else None
-        self.gradient = self._apply(lambda g: detach(self._in_y(g)))
+        self.gradient = self._ranks.average(self._over_parts(lambda g: detach(self._in_y(g))))
         self.reaches_x = False
 
     def hessian_product(self, s: Tensors) -> Tensors:
         """g_yy s. Cost: one Hessian-vector product."""
         self._oracle.counts.add("hessian_product", self._sample)
-        return self._product(self._in_y, self._y, s, keep=True)[0]
+        return self._ranks.average(self._product(self._in_y, self._y, s, keep=True)[0])
 
     def jacobian_product(self, s: Tensors, keep: bool = False) -> Tensors:
         """g_xy s = grad_x <g_y, s>, s held constant.
@@ -238,7 +241,8 @@ class LowerLinearization:
             A tuple of the shapes of x. Cost: one Jacobian-vector product.
         """
         self._oracle.counts.add("jacobian_product", self._sample)
-        product, self.reaches_x = self._product(self._in_y, self._x, s, keep)
+        product, reached = self._product(self._in_y, self._x, s, keep)
+        product, self.reaches_x = self._ranks.average_and_any(product, reached)
         if not keep:
             self._kept = None
         return product
@@ -253,7 +257,7 @@ class LowerLinearization:
             A tuple of the shapes of y. Cost: one Jacobian-vector product.
         """
         self._oracle.counts.add("jacobian_product", self._sample)
-        return self._product(lambda g: g[: len(self._x)], self._y, u, keep=True)[0]
+        return self._ranks.average(self._product(lambda g: g[: len(self._x)], self._y, u, keep=True)[0])
 
     def second_derivative(self, u: Tensors, s: Tensors) -> tuple[Tensors, Tensors]:
         """(g_xx u + g_xy s, g_yx u + g_yy s); needs ``in_x=True`` on construction.
@@ -266,7 +270,7 @@ class LowerLinearization:
             Tuples of the shapes of x and of y. Cost: one Hessian-vector product, in (x, y) jointly.
         """
         self._oracle.counts.add("hessian_product", self._sample)
-        product = self._product(lambda g: g, (*self._x, *self._y), (*u, *s), keep=True)[0]
+        product = self._ranks.average(self._product(lambda g: g, (*self._x, *self._y), (*u, *s), keep=True)[0])
         return product[: len(self._x)], product[len(self._x) :]
 
     def _in_y(self, g: Tensors) -> Tensors:
@@ -276,14 +280,14 @@ class LowerLinearization:
         inputs = (*self._x, *self._y) if self._in_x else self._y
         return self._oracle.gradient_graph(self._x, self._y, inputs, batch, seed)
 
-    def _apply(self, function: Callable[[Tensors], Tensors]) -> Tensors:
-        """Average a function of the gradient's graph over the parts."""
+    def _over_parts(self, function: Callable[[Tensors], Tensors]) -> Tensors:
+        """Average a function of the gradient's graph over the parts of this rank's sample."""
         if self._kept is not None:
-            return self._oracle.losses.ranks.average(function(self._kept))
+            return function(self._kept)
         if self._sample.whole:
             raise RuntimeError("the graph of this linearization was freed by jacobian_product; pass keep=True")
         # No name here may hold on to a part's graph, or two would be in memory at a time.
-        return self._oracle.mean(self._sample, lambda batch, seed: function(self._graph(batch, seed)))
+        return over_parts(self._sample, lambda batch, seed: function(self._graph(batch, seed)))
 
     def _product(
         self, part: Callable[[Tensors], Tensors], inputs: Tensors, s: Tensors, keep: bool
@@ -296,5 +300,5 @@ class LowerLinearization:
             anywhere = anywhere or any(found)
             return in_inputs
 
-        total = self._apply(product)
+        total = self._over_parts(product)
         return total, anywhere

@@ -46,13 +46,31 @@ class Ranks:
             return tensors
         return self._together(tensors, lambda flat: self._all_reduce(flat).div_(self.size))
 
-    def averaged(self, tensors: Tensors) -> Tensors:
-        """The mean over the ranks, with a graph: the derivative of a mean passes on to the summand of this rank."""
-        return tensors if self.size == 1 else tuple(_Averaged.apply(self, *tensors))  # type: ignore[no-untyped-call]
+    def average_and_any(self, tensors: Tensors, holds: bool) -> tuple[Tensors, bool]:
+        """As ``average``, and whether something holds on any rank, in the same all-reduce."""
+        if self.size == 1 or not tensors:
+            return tensors, holds
+        flag = torch.full((), float(holds), dtype=tensors[0].dtype, device=tensors[0].device)
+        *found, share = self.average((*tensors, flag))
+        return tuple(found), holds or bool(share)
 
     def shared(self, tensors: Tensors) -> Tensors:
         """The tensors, which are the same on all ranks; derivatives that come back through them are averaged."""
         return tensors if self.size == 1 else tuple(_Shared.apply(self, *tensors))  # type: ignore[no-untyped-call]
+
+    def averaged(self, tensors: Tensors, shared: Tensors) -> Tensors:
+        """The mean over the ranks, with a graph: the derivative of a mean passes on to the summand of this rank.
+
+        Args:
+            tensors: made from ``shared`` and the batch of this rank.
+            shared: what ``shared`` returned.
+
+        Returns:
+            The means; a path leads from them to ``shared`` on every rank, whatever its batch reaches.
+        """
+        if self.size == 1:
+            return tensors
+        return tuple(_Averaged.apply(self, len(tensors), *tensors, *shared))  # type: ignore[no-untyped-call]
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy the tensors of the first rank into those of all others."""
@@ -64,13 +82,29 @@ class Ranks:
                     self._checked(dist.broadcast, held, first)
                     t.copy_(held)
 
-    def gather(self, number: float) -> list[float]:
-        """A number of each rank, in order."""
+    def gather(self, number: float, device: torch.device) -> list[float]:
+        """A number of each rank, in order, exchanged on a device: NCCL has no other than those of CUDA."""
         if self.size == 1:
             return [number]
-        found = torch.zeros(self.size, dtype=torch.float64)
+        found = torch.zeros(self.size, dtype=torch.float64, device=device)
         found[self.rank] = number
         return self._all_reduce(found).tolist()
+
+    def require_same(self, name: str, number: int, device: torch.device) -> None:
+        """Raise a ValueError, on all ranks, where they were given different numbers."""
+        if len(set(self.gather(number % (1 << 53), device))) > 1:  # which float64 holds exactly
+            raise ValueError(
+                f"{name} must be the same on all ranks, which part ways otherwise, got {number} on rank {self.rank}; "
+                "seeds of their own are for the sources of data alone"
+            )
+
+    def require_all(self) -> None:
+        """Raise a RuntimeError if processes have come together since this was made."""
+        if self.size == 1 and self._group is None and Ranks().size > 1:
+            raise RuntimeError(
+                "the problem was made before torch.distributed.init_process_group, so that every rank would go its own "
+                "way: make it after, or give it process_group=dist.new_group([rank]) if that is what you want"
+            )
 
     def _together(self, tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
         """Apply a function to all tensors of one dtype and device at once, laid end to end."""
@@ -92,6 +126,11 @@ class Ranks:
         try:
             collective(tensor, *arguments, group=self._group)
         except RuntimeError as error:
+            if "No backend type" in str(error):
+                raise RuntimeError(
+                    f"the process group does not serve tensors on {tensor.device}: move the modules to its device "
+                    "before making the problem, or call init_process_group() without a backend, for CPUs and GPUs"
+                ) from error
             raise RuntimeError(
                 f"rank {self.rank} of {self.size} could not average with the others: one of them has stopped, or left "
                 f"the common path (its own traceback says why), or the process group timed out ({error})"
@@ -107,30 +146,49 @@ class Ranks:
 
 
 class _Averaged(torch.autograd.Function):
-    """Forward: the mean over ranks. Backward: the identity, since every rank holds the derivative of the whole."""
+    """Forward: the mean over ranks. Backward: the identity, since every rank holds the derivative of the whole.
+
+    What is shared takes no part in the numbers: it is an argument so that the engine comes to ``_Shared``, and to its
+    all-reduce, on a rank whose batch reaches none of it, too.
+    """
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, *tensors: Tensor) -> Tensors:
-        return tuple(ranks.average(tensors))
+    def forward(ctx: Any, ranks: Ranks, n: int, *tensors: Tensor) -> Tensors:
+        ctx.idle = len(tensors) - n
+        return tuple(ranks.average(tensors[:n]))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, *gradients
+        return None, None, *gradients, *[None] * ctx.idle
 
 
 class _Shared(torch.autograd.Function):
-    """Forward: the identity. Backward: the mean over ranks of what each finds through its own batch."""
+    """Forward: the identity. Backward: the mean over ranks of what each finds through its own batch.
+
+    What no rank reaches stays without a derivative. Where some ranks reach a tensor and others do not (a part of a
+    module that only some batches use), all take part in its average.
+    """
 
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, *tensors: Tensor) -> Tensors:
-        ctx.ranks = ranks
-        ctx.set_materialize_grads(False)  # what is not reached stays so
+        ctx.ranks, ctx.kinds = ranks, [(t.shape, t.dtype, t.device) for t in tensors]
+        ctx.set_materialize_grads(False)
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        found = iter(ctx.ranks.average(tuple(g for g in gradients if g is not None)))
-        return None, *(None if g is None else next(found) for g in gradients)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        dense = tuple(
+            torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+            for g, (shape, dtype, device) in zip(gradients, ctx.kinds, strict=True)
+        )
+        missing = [i for i, g in enumerate(gradients) if g is None]
+        reached = torch.ones(len(dense), dtype=dense[0].dtype, device=dense[0].device)
+        for i in missing:
+            reached[i] = 0
+        *found, reached = ctx.ranks.average((*dense, reached))
+        if missing:  # otherwise nobody has to wait for the device
+            found = [g if r else None for g, r in zip(found, reached.tolist(), strict=True)]
+        return None, *found
 
 
 def unwrapped(module: Any, name: str) -> Any:
@@ -144,7 +202,7 @@ def unwrapped(module: Any, name: str) -> Any:
         The module itself where it is not wrapped.
 
     Raises:
-        TypeError: if it, or a part of it, is sharded or an ``nn.DataParallel``.
+        TypeError: if it, or a part of it, is sharded, if it is an ``nn.DataParallel``, or a part is wrapped.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.module
@@ -157,6 +215,11 @@ def unwrapped(module: Any, name: str) -> Any:
     fsdp, dtensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
     for part, inner in module.named_modules() if isinstance(module, nn.Module) else ():
         whose = f"{name}.{part}" if part else name
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                f"{whose} is a DistributedDataParallel inside {name}, which waits for gradients that never come to it: "
+                f"put {whose}.module in its place; the problem averages over the processes"
+            )
         if fsdp is not None and isinstance(inner, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)):
             raise TypeError(
                 f"{whose} is sharded by FSDP, which frees the gathered parameters after each pass, so that its "

@@ -101,6 +101,7 @@ def check_hypergradient(
         )
     if directions < 1:
         raise ValueError(f"directions must be at least 1, got {directions}")
+    problem.ranks.require_same("seed", seed, problem.x[0].device)
     trial = copy.copy(estimator).bind(problem)
     trial.oracle = oracle = Oracle(problem)  # what is spent here is not the estimator's
     draws = problem.draws(batch, lower, upper, mix_seed(seed, 0), trial.batch_sizes)

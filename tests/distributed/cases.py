@@ -116,6 +116,14 @@ METHODS: dict[str, tuple[Callable[[], tb.Method], bool]] = {
         lambda: tb.AIDBiO(bilevel(), 0.05, lower_solver=tb.TorchOptim(torch.optim.Adam, 3, lr=0.1)),
         True,
     ),
+    "a rule with momentum": (
+        lambda: tb.Method(
+            problem := bilevel(),
+            tb.Implicit(GD, tb.CG(20, tol=1e-8)),
+            torch.optim.SGD(problem.upper.parameters(), 0.05, momentum=0.9),
+        ),
+        True,
+    ),
     "ITDBiO": (lambda: tb.ITDBiO(bilevel(), 0.05, lower_solver=GD), True),
     "ITDBiO, recompute": (lambda: tb.ITDBiO(bilevel(), 0.05, lower_solver=GD, recompute=True), True),
     "ITDBiO, learned start": (
@@ -190,7 +198,7 @@ def go_on(method: tb.Method, given: dict[str, Any], steps: int) -> dict[str, Any
         method.zero_grad()
         losses.append(method.backward(**given).item())
         method.step()
-        points.append(torch.cat([t.clone() for t in (*method.problem.x, *method.problem.y)]))
+        points.append(torch.cat([t.flatten() for t in (*method.problem.x, *method.problem.y)]))
     return {"points": torch.stack(points), "losses": losses, "events": [e.kind for e in method.events]}
 
 
@@ -242,6 +250,22 @@ def resume(path: str, name: str) -> dict[str, Any]:
     method.problem.upper.load_state_dict(state["upper"])
     method.load_state_dict(state["method"])
     return go_on(method, {"lower": shard(1), "upper": shard(2)}, 3)
+
+
+def exchanges(name: str) -> tuple[int, dict[str, int]]:
+    """How many all-reduces three steps take, and the oracle counts."""
+    method, made, reduce = METHODS[name][0](), [0], dist.all_reduce
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        made[0] += 1
+        return reduce(*arguments, **options)
+
+    dist.all_reduce = counted
+    try:
+        go_on(method, {"lower": shard(1), "upper": shard(2)}, 3)
+    finally:
+        dist.all_reduce = reduce
+    return made[0], method.estimator.counts.state_dict()
 
 
 def wrapped() -> dict[str, Any]:

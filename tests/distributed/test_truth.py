@@ -32,7 +32,7 @@ def test_the_reference_of_a_hypergradient_is_that_of_the_joined_data(world: Worl
     assert first.finite_differences < 1e-6
 
 
-@pytest.mark.parametrize("name", ["AIDBiO, CG", "PerturbedAID"])
+@pytest.mark.parametrize("name", ["AIDBiO, CG", "PerturbedAID", "a rule with momentum"])
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("suffix", [".pt", ""])  # torch.save by one rank; torch.distributed.checkpoint by all
 def test_a_checkpoint_loads_on_any_number_of_ranks(name: str, suffix: str, world: World, tmp_path: Path) -> None:
@@ -44,6 +44,15 @@ def test_a_checkpoint_loads_on_any_number_of_ranks(name: str, suffix: str, world
     path = str(tmp_path / f"one{suffix}")
     alone = cases.save(path, name)
     torch.testing.assert_close(world.run(cases.resume, path, name)[1]["points"], alone["points"], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["AIDBiO, CG", "ITDBiO"])
+def test_one_all_reduce_per_gradient_or_product(name: str, world: World) -> None:
+    for made, counts in world.run(cases.exchanges, name):
+        products = counts["hessian_products"]
+        if name == "AIDBiO, CG":  # on the way back through a step both products come out of one sweep
+            products += counts["jacobian_products"]
+        assert made == counts["upper_gradients"] + counts["lower_gradients"] + products
 
 
 def test_wrapped_modules_are_unwrapped(world: World) -> None:

@@ -146,6 +146,7 @@ class Estimator(ABC):
             )
         if self._problem is None:
             self.refuse(problem)
+            problem.ranks.require_same("seed", self.seed, problem.x[0].device)
             if problem.tasks is not None and self.lower_solver is not None:
                 self.lower_solver.refuse_tasks(self.warm_start)
             self._problem, self.oracle = problem, Oracle(problem)

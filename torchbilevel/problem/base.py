@@ -221,6 +221,7 @@ class Problem:
         Returns:
             The samples, by use.
         """
+        self.ranks.require_all()
         lower, upper = self.data(batch, lower, upper)
         return Draws(lower, upper, seed, sizes, self.minimax)
 
