@@ -1,10 +1,11 @@
 """Samples to a small hypergradient: single-loop stochastic methods, and ours, on regularised logistic regression.
 
 One log penalty per feature is learned on a validation part: of the breast cancer data, or of scikit-learn's digits,
-even against odd. A seed draws the split and all samples. Every method has a grid of equal size, tuned on TUNING_SEEDS,
-which are not reported. Samples are all gradients and products times their rows, first passes included; the exact
-|grad Phi| is computed off-line and not counted. "Growing" methods see an eighth of the rows in the first call, and
-twice as many in every further call.
+even against odd. A seed draws the split and all samples. Every method has a grid of equal size (16 settings on the
+cancer data, 25 on the digits), tuned for every level on TUNING_SEEDS, which are not reported. Samples are all gradients
+and products times their rows, first passes included; the exact |grad Phi| is computed off-line and not counted.
+"Growing" methods see an eighth of the rows in the first call, and twice as many in every further call. "Shuffled" ones
+take their blocks without replacement.
 
     python -m benchmarks.single_loop [--data digits] [--only NAME ...] [--smoke] [--output DIRECTORY]
 """
@@ -15,7 +16,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,20 @@ BATCH, RIDGE, START = 20, 0.005, -1.0
 TUNING_SEEDS, SEEDS = (97, 98, 99), range(10)
 BUDGET = {"cancer": 120_000, "digits": 240_000}
 GROWTH = 8  # the first call of a growing method sees rows / GROWTH
-INNER = (0.1, 0.2, 0.4, 0.8)  # step sizes rho of y (and of z in the single-loop methods)
-RATIO = (30.0, 75.0, 150.0, 300.0)  # lr / rho where the rule is a gradient step with y and z in step
-ADAM = (0.03, 0.1, 0.3, 1.0)
-OUTER = (20.0, 40.0, 80.0, 160.0)  # lr of steps on deterministic hypergradients
+# Grids of the step size rho of y (and of z in the single-loop methods), by what it meets.
+INNER = {
+    "cancer": {"20": (0.1, 0.2, 0.4, 0.8), "5": (0.05, 0.1, 0.2, 0.4), "all": (0.1, 0.2, 0.4, 0.8)},
+    "digits": {
+        "20": (0.0125, 0.025, 0.05, 0.1, 0.2),
+        "5": (0.00625, 0.0125, 0.025, 0.05, 0.1),
+        "all": (0.05, 0.1, 0.2, 0.4, 0.8),
+    },
+}
+# lr / rho where the rule is a gradient step with y and z in step
+RATIO = {"cancer": (30.0, 75.0, 150.0, 300.0), "digits": (30.0, 75.0, 150.0, 300.0, 600.0)}
+ADAM = {"cancer": (0.03, 0.1, 0.3, 1.0), "digits": (0.01, 0.03, 0.1, 0.3, 1.0)}
+# lr of steps on deterministic hypergradients
+OUTER = {"cancer": (20.0, 40.0, 80.0, 160.0), "digits": (20.0, 40.0, 80.0, 160.0, 320.0)}
 
 Pair = tuple[Tensor, Tensor]
 
@@ -107,6 +118,15 @@ def saba_small(p: BilevelProblem, rho: float, ratio: float) -> Method:
     return SABA(p, ratio * rho, lower_solver=GD(rho, 1), batch_size=BATCH // 4, lower_batch_size=BATCH // 4)
 
 
+def saba_shuffled(p: BilevelProblem, rho: float, ratio: float) -> Method:
+    return SABA(p, ratio * rho, lower_solver=GD(rho, 1), batch_size=BATCH, lower_batch_size=BATCH, shuffle=True)
+
+
+def saba_small_shuffled(p: BilevelProblem, rho: float, ratio: float) -> Method:
+    n = BATCH // 4
+    return SABA(p, ratio * rho, lower_solver=GD(rho, 1), batch_size=n, lower_batch_size=n, shuffle=True)
+
+
 def soba(p: BilevelProblem, rho: float, ratio: float) -> Method:
     return SOBA(p, ratio * rho, lower_solver=GD(rho, 1), batch_size=BATCH, lower_batch_size=BATCH)
 
@@ -136,17 +156,19 @@ def shared_inverse(p: BilevelProblem, rho: float, lr: float) -> Method:
 
 
 Build = Callable[[BilevelProblem, float, float], Method]
-ENTRIES: dict[str, tuple[Build, tuple[float, ...]]] = {  # each over INNER times its own second setting
-    "SABA": (saba, RATIO),
-    "Saba + Adam": (saba_adam, ADAM),
-    "AID + Adam": (aid_adam, ADAM),
-    "Saba + momentum": (saba_momentum, RATIO),
-    "AID + momentum": (aid_momentum, OUTER),
-    "SOBA": (soba, RATIO),
-    "SABA, blocks of 5": (saba_small, RATIO),
-    "AID + momentum, growing": (aid_momentum, OUTER),
-    "SharedInverse": (shared_inverse, OUTER),
-    "SharedInverse, growing": (shared_inverse, OUTER),
+ENTRIES: dict[str, tuple[Build, str, dict[str, tuple[float, ...]]]] = {  # how, rows per step, second setting
+    "SABA": (saba, "20", RATIO),
+    "Saba + Adam": (saba_adam, "20", ADAM),
+    "AID + Adam": (aid_adam, "all", ADAM),
+    "Saba + momentum": (saba_momentum, "20", RATIO),
+    "AID + momentum": (aid_momentum, "all", OUTER),
+    "SOBA": (soba, "20", RATIO),
+    "SABA, blocks of 5": (saba_small, "5", RATIO),
+    "SABA, shuffled": (saba_shuffled, "20", RATIO),
+    "SABA, shuffled, blocks of 5": (saba_small_shuffled, "5", RATIO),
+    "AID + momentum, growing": (aid_momentum, "all", OUTER),
+    "SharedInverse": (shared_inverse, "all", OUTER),
+    "SharedInverse, growing": (shared_inverse, "all", OUTER),
 }
 
 
@@ -188,10 +210,31 @@ def part(tensors: Pair, share: float) -> Pair:
     return tensors[0][:n], tensors[1][:n]
 
 
-def merit(runs: list[list[float]]) -> tuple[int, float]:
-    """Small where more levels are met over the runs, then where the last of them are met earlier."""
-    met = [[hit for hit in hits if math.isfinite(hit)] for hits in runs]
-    return -sum(map(len, met)), sum(max(hits, default=math.inf) for hits in met)
+def best(tuning: list[Any], k: int) -> tuple[float, float]:
+    """The setting with which most tuning runs meet level k, and of these the one with which they meet it earliest."""
+
+    def merit(runs: list[list[float]]) -> tuple[int, float]:
+        met = [hits[k] for hits in runs if math.isfinite(hits[k])]
+        return -len(met), sum(met)
+
+    first, second = min(tuning, key=lambda run: merit(run[1]))[0]
+    return first, second
+
+
+def report(name: str, data: str, tuning: list[Any], seeds: Sequence[int], budget: int) -> dict[str, Any]:
+    """The runs that count: each level with the setting that was best for it, printed and as a row of the file."""
+    build, rows_per_step, second = ENTRIES[name]
+    inner, outer = INNER[data][rows_per_step], second[data]
+    chosen = [best(tuning, k) for k in range(len(LEVELS))]
+    runs = {s: [play(build, *s, seed, budget, data, name.endswith("growing")) for seed in seeds] for s in set(chosen)}
+    inside = [first in inner[1:-1] and second in outer[1:-1] for first, second in chosen]
+    hits = [[runs[s][i][k] for k, s in enumerate(chosen)] for i in range(len(seeds))]
+    cells = []
+    for s, within, column in zip(chosen, inside, zip(*hits, strict=True), strict=True):
+        middle, low, high = (show(n) for n in (statistics.median(column), min(column), max(column)))
+        cells.append(f"{middle} ({low} to {high}) at {s[0]:g}, {s[1]:g}{'' if within else ' (edge)'}")
+    print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+    return {"method": name, "data": data, "settings": chosen, "inside": inside, "tuning": tuning, "hits": hits}
 
 
 def show(n: float) -> str:
@@ -213,24 +256,16 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "single_loop.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    print("| method | settings | " + " | ".join(f"{level:g}" for level in LEVELS) + " |  (thousands of samples)")
+    print("| method | " + " | ".join(f"{level:g}" for level in LEVELS) + " |  (thousands of samples)")
     for name in options.only:
-        build, grid = ENTRIES[name]
-        where: dict[str, Any] = {"data": options.data, "growing": name.endswith("growing")}
-        settings = [(INNER[1], grid[1])] if options.smoke else list(product(INNER, grid))
+        build, rows_per_step, second = ENTRIES[name]
+        inner, outer = INNER[options.data][rows_per_step], second[options.data]
+        settings = [(inner[1], outer[1])] if options.smoke else list(product(inner, outer))
         tuning_seeds = TUNING_SEEDS[:1] if options.smoke else TUNING_SEEDS
+        where: dict[str, Any] = {"data": options.data, "growing": name.endswith("growing")}
         tuning = [(s, [play(build, *s, seed, budget, **where) for seed in tuning_seeds]) for s in settings]
-        best = min(tuning, key=lambda run: merit(run[1]))[0]
-        inside = best[0] in INNER[1:-1] and best[1] in grid[1:-1]
-        runs = [play(build, *best, seed, budget, **where) for seed in seeds]
-        rows = [row for row in rows if (row["method"], row["data"]) != (name, options.data)]
-        rows.append(
-            {"method": name, "data": options.data, "settings": best, "inside": inside, "tuning": tuning, "hits": runs}
-        )
-        columns = list(zip(*runs, strict=True))
-        cells = [f"{show(statistics.median(c))} ({show(min(c))} to {show(max(c))})" for c in columns]
-        edge = "" if inside else " (edge)"
-        print(f"| {name} | {best[0]:g}, {best[1]:g}{edge} | " + " | ".join(cells) + " |", flush=True)
+        row = report(name, options.data, tuning, seeds, budget)
+        rows = [old for old in rows if (old["method"], old["data"]) != (name, options.data)] + [row]
         path.write_text(json.dumps({"levels": LEVELS, "rows": rows}, indent=1))
 
 

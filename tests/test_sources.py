@@ -175,8 +175,19 @@ def test_blocks_are_drawn_by_their_shares() -> None:
     assert [again(8).index for _ in range(50)] == [block.index for block in drawn[50:100]]
 
 
+def test_blocks_in_passes_are_those_of_one_order_after_the_other() -> None:
+    source = sample(LABELS, seed=3)
+    passes = [[Blocks(source, 2, turn=10 * k + t)(2) for t in range(10)] for k in range(4)]
+    orders = [[block.index for block in blocks] for blocks in passes]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4 and source.draws == 0
+    assert all(torch.equal(block.rows, Blocks(source, 2)[block.index]) for block in passes[0])
+    assert orders == [sample(INPUTS, seed=3).order(k, 10) for k in range(4)]  # the seed's, whatever the data
+    assert orders[0] != sample(LABELS, seed=4).order(0, 10)
+
+
 def test_a_single_block_takes_no_draw() -> None:
     source = sample(LABELS, seed=0)
-    for block in (Blocks(source, None)(20), Blocks(source, 8)(None)):
+    for block in (Blocks(source, None)(20), Blocks(source, 8)(None), Blocks(source, 20, turn=3)(20)):
         assert block.index == 0 and block.shares == (1.0,) and torch.equal(block.rows, LABELS)
     assert source.draws == 0

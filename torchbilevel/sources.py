@@ -92,6 +92,18 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
         self.draws += 1
         return torch.randint(self.rows, (n,), generator=generator, device=device)
 
+    def order(self, k: int, n: int) -> list[int]:
+        """Random order number k of n things, which depends on the seed, k and n alone.
+
+        Args:
+            k: number of the order.
+            n: of how many things.
+
+        Returns:
+            0 to n - 1, each once.
+        """
+        return _order(mix_seed(self._seed, -1, k), n)
+
     def take(self, index: Tensor | None = None) -> Any:
         """The rows of these numbers.
 
@@ -121,11 +133,13 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
 class Blocks:
     """A source of the fixed blocks of n consecutive rows into which a ``sample`` is cut; the last may be shorter.
 
-    A block is drawn with a probability that is its share of the rows, so that the mean over draws is that over rows.
+    A block is drawn with a probability that is its share of the rows, so that the mean over draws is that over rows;
+    or in passes, each of which takes every block once, in an order of its own.
 
     Args:
         source: whose rows and whose draws they are.
         n: rows per block; ``None`` or any n that reaches the number of rows makes one block of all of them.
+        turn: number of the draw where blocks are drawn in passes, ``None`` where independently.
 
     Attributes:
         shares: of the rows, by block.
@@ -136,13 +150,15 @@ class Blocks:
     >>> blocks = Blocks(sample(torch.arange(5.0), seed=0), 2)
     >>> blocks.shares, blocks[2]
     ((0.4, 0.4, 0.2), tensor([4.]))
+    >>> sorted(Blocks(sample(torch.arange(5.0), seed=0), 2, turn=t)(2).index for t in range(3))
+    [0, 1, 2]
     """
 
-    def __init__(self, source: sample, n: int | None) -> None:
+    def __init__(self, source: sample, n: int | None, turn: int | None = None) -> None:
         if n is not None and n < 1:
             raise ValueError(f"batch size must be positive, got {n}")
         total = source.rows
-        self._source, self._n = source, total if n is None else min(n, total)
+        self._source, self._n, self._turn = source, total if n is None else min(n, total), turn
         self.shares = _shares(total, self._n)
 
     def __getitem__(self, i: int) -> Any:
@@ -155,11 +171,17 @@ class Blocks:
             n: ``None`` for all rows as one block; any number for one of the blocks.
 
         Returns:
-            The block. Where there is one, no draw is made.
+            The block. Where there is one, or ``turn`` was given, no draw is made of the source.
         """
+        blocks = len(self.shares)
         if n is None:
             return Block(self._source.take(), 0, (1.0,))
-        i = 0 if len(self.shares) == 1 else int(self._source.choose(1)) // self._n
+        if blocks == 1:
+            i = 0
+        elif self._turn is not None:
+            i = self._source.order(self._turn // blocks, blocks)[self._turn % blocks]
+        else:
+            i = int(self._source.choose(1)) // self._n
         return Block(self[i], i, self.shares)
 
 
@@ -167,6 +189,13 @@ class Blocks:
 def _shares(total: int, n: int) -> tuple[float, ...]:
     # There may be as many as rows, and they are asked for in every step.
     return tuple(min(n, total - start) / total for start in range(0, total, n))
+
+
+@lru_cache(maxsize=16)
+def _order(seed: int, n: int) -> list[int]:
+    # One order serves n draws.
+    order: list[int] = torch.randperm(n, generator=_generator(torch.device("cpu")).manual_seed(seed)).tolist()
+    return order
 
 
 class stream:  # noqa: N801  (used like a function: lower=tb.stream(loader))

@@ -79,18 +79,20 @@ class SABA(Method):
         lower_solver: ``GD(lr=rho, steps=1)``; rho of the order of 1 / L_g.
         batch_size: rows per block of f, 1 in the paper; ``None``, here and below, makes one block of all rows.
         lower_batch_size: rows per block of g.
+        shuffle: take the blocks in passes, each in a random order of its own, rather than independently. The table
+            fills in the first of them, so that the first step costs no more than the others.
         seed: of the random numbers inside the losses.
 
     Raises:
         ValueError: if the lower solver takes more than one step, or has momentum or a ``tol``.
 
-    Cost: per step as ``SOBA``, on one block of each loss; the first step on all blocks. Keeps z and the table:
-    n (2 d_y + d_x) + m (d_y + d_x) numbers for n blocks of g and m of f.
+    Cost: per step as ``SOBA``, on one block of each loss; the first step on all blocks, unless ``shuffle``. Keeps z and
+    the table: n (2 d_y + d_x) + m (d_y + d_x) numbers for n blocks of g and m of f.
 
     Reference: Dagreou, Ablin, Vaiter and Moreau, NeurIPS 2022 (SABA); Defazio, Bach and Lacoste-Julien, NeurIPS 2014.
 
     Differs from the paper: nothing; z has the other sign there. The table starts at (x_0, y_0, z_0), which the paper
-    leaves open. A last block that is shorter is drawn with a smaller probability.
+    leaves open. A last block that is shorter is drawn with a smaller probability. ``shuffle`` is ours (see ``Saba``).
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class SABA(Method):
         lower_solver: GD,
         batch_size: int | None = None,
         lower_batch_size: int | None = None,
+        shuffle: bool = False,
         seed: int = 0,
     ) -> None:
-        estimator = Saba(lower_solver, batch_sizes=BatchSizes(batch_size, lower_batch_size), seed=seed)
+        sizes = BatchSizes(batch_size, lower_batch_size)
+        estimator = Saba(lower_solver, batch_sizes=sizes, shuffle=shuffle, seed=seed)
         super().__init__(problem, estimator, gradient_descent(problem, lr))
