@@ -95,6 +95,26 @@ def generic_table(rows: list[Row]) -> str:
     return table(["d, s", "seeds", *METHODS, "PRGDA over the last"], lines) if lines else ""
 
 
+def paired_table(rows: list[Row]) -> str:
+    """Calls as multiples of those of our pair on the same seed."""
+    calls: dict[tuple[int, float], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if _is(row, part="generic"):
+            own = row["setting"]
+            case = calls.setdefault((own["d"], own["spread"]), {name: {} for name in METHODS})
+            case[own["name"]][own["seed"]] = row["result"]["reached"][CLOSE] or math.inf
+    lines = []
+    for (d, s), case in sorted(calls.items(), key=lambda item: (-item[0][1], item[0][0])):
+        cells = []
+        for name in METHODS[:-1]:
+            pairs = [(case[name][seed], least) for seed, least in case[OURS].items() if seed in case[name]]
+            multiples = [a / b if math.isfinite(a) else None for a, b in pairs if math.isfinite(b)]
+            fewer = sum(b < a for a, b in pairs)
+            cells.append(f"{median_range(multiples, '.1f')}; {fewer} of {len(pairs)}")
+        lines.append([f"{d}, {s:g}", *cells])
+    return table(["d, s", *METHODS[:-1]], lines) if lines else ""
+
+
 def unscaled_table(rows: list[Row]) -> str:
     """Our pair with the lr of d = 50 in larger problems."""
     lines = []

@@ -161,6 +161,11 @@ def report(rows: list[Row], folder: Path) -> str:
             tables.generic_table(rows),
         ),
         (
+            "**Seed by seed** from generic columns: calls of a method over those of the last one on the same seed, and "
+            "on how many seeds the last one needs fewer.",
+            tables.paired_table(rows),
+        ),
+        (
             "**The same lr for all d**, in place of lr (50 / d)^(1/2), for the last of these methods.",
             tables.unscaled_table(rows),
         ),
