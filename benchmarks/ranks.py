@@ -3,12 +3,14 @@
     python -m benchmarks.ranks [--smoke] [--output DIR]
 
 One method at a time, on one rank with all data and on two with half each (gloo, one thread each): time per outer step,
-and the numbers that a rank hands to all-reduces per step, counted where they are handed over, beside the formula
+and the all-reduces per step and the numbers that a rank hands to them, counted where they are handed over, beside the
+formula
 
     (p + q + 1) F + (q + 1) G + q H + p J
 
 for p upper and q lower variables, F gradients of f, G of g, H products with g_yy and J with g_xy (a number more or less
-per value that is, or is not, asked for). The table for more ranks is arithmetic, not a measurement: a ring all-reduce
+per value that is, or is not, asked for). The time of one all-reduce alone is measured too, since it decides how small a
+problem may be. The table for more ranks is arithmetic, not a measurement: a ring all-reduce
 of b bytes over R ranks sends 2 (R - 1) / R b bytes from each.
 """
 
@@ -65,12 +67,18 @@ def work(rank: int, size: int, store: str, rows: int, width: int, steps: int) ->
     """One rank: all methods; the first rank writes what it found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    sent, reduce = [0], dist.all_reduce
+    sent, calls, reduce = [0], [0], dist.all_reduce
 
     def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
         sent[0] += tensor.numel()
+        calls[0] += 1
         return reduce(tensor, *arguments, **options)
 
+    bare, latencies = torch.zeros(10 * width), []
+    for _ in range(10 * steps):
+        start = time.perf_counter()
+        reduce(bare)
+        latencies.append(time.perf_counter() - start)
     dist.all_reduce = counted
     found = []
     for name, build in METHODS.items():
@@ -80,7 +88,7 @@ def work(rank: int, size: int, store: str, rows: int, width: int, steps: int) ->
         own = tuple(part.chunk(size)[rank] for part in (x, t))
         model = nn.Linear(width, 10)
         method = build(tb.BilevelProblem(Decay(2), model, upper_loss=upper_loss, lower_loss=lower_loss))
-        times, before = [], sent[0]
+        times, before, called = [], sent[0], calls[0]
         for _ in range(steps + 1):
             dist.barrier()
             start = time.perf_counter()
@@ -100,6 +108,8 @@ def work(rank: int, size: int, store: str, rows: int, width: int, steps: int) ->
                 "seconds": median(times[1:]),
                 "numbers": (sent[0] - before) / (steps + 1),
                 "formula": formula / (steps + 1),
+                "reduces": (calls[0] - called) / (steps + 1),
+                "latency": median(latencies),
             }
         )
     if rank == 0:
@@ -119,8 +129,8 @@ def measure(size: int, rows: int, width: int, steps: int) -> list[Row]:
 def report(found: list[Row]) -> str:
     """Two tables."""
     lines = [
-        "| method | data points | y | 1 rank, ms | 2 ranks, ms | ratio | numbers sent | formula |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | data points | y | 1 rank, ms | 2 ranks, ms | ratio | all-reduces | alone, ms | numbers | formula |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     pairs = [(a, b) for a in found for b in found if a["ranks"] == 1 and b["ranks"] == 2]
     for a, b in pairs:
@@ -128,6 +138,7 @@ def report(found: list[Row]) -> str:
             one, two = 1e3 * a["seconds"], 1e3 * b["seconds"]
             lines.append(
                 f"| {a['method']} | {a['rows']:,} | {a['q']:,} | {one:.1f} | {two:.1f} | {two / one:.2f} "
+                f"| {b['reduces']:.0f} | {1e3 * b['reduces'] * b['latency']:.0f} "
                 f"| {b['numbers']:,.0f} | {b['formula']:,.0f} |"
             )
     lines += ["", "| method | bytes per step | 8 ranks, ms | 16 | 32 | 64 |", "|---|---|---|---|---|---|"]

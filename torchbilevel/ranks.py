@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 from torchbilevel.tensors import Tensors
 
+if dist.is_available():
+    # Its functions hold the default group of the time of their import as a default argument. torch's first optimizer
+    # imports them: where that came after init_process_group, the group would outlive destroy_process_group, and gloo's
+    # threads abort now and then a process that ends while they hold a tensor.
+    import torch.distributed.nn.functional  # noqa: F401
+
 
 class Ranks:
     """The ranks of a process group, each of which evaluates the losses on batches of its own.

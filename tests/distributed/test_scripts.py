@@ -44,6 +44,32 @@ def test_the_example_on_two_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found[0]) == 1 and found[0] == found[1]
 
 
+LEAVING = """
+import sys, weakref
+import torch
+import torch.distributed as dist
+import torchbilevel as tb
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+tb.optim.NormalizedGD([torch.ones(1, requires_grad=True)], lr=0.1)
+group = weakref.ref(dist.group.WORLD)
+dist.destroy_process_group()
+print(group())
+"""
+
+
+def test_the_group_dies_when_it_is_destroyed(tmp_path: Path) -> None:
+    # One that lives on keeps gloo's threads, which abort a process that ends while they hold a tensor.
+    told = subprocess.run(
+        [sys.executable, "-c", LEAVING, str(tmp_path / "store")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (told.returncode, told.stdout) == (0, "None\n"), told.stderr
+
+
 def test_the_traffic_is_that_of_the_formula(capsys: pytest.CaptureFixture[str]) -> None:
     found = ranks.measure(size=2, rows=40, width=6, steps=2)
     assert [row["method"] for row in found] == list(ranks.METHODS)
