@@ -123,10 +123,7 @@ BUILD: dict[str, Callable[..., tb.Method]] = {
 
 def calls(method: tb.Method, data: RobustSensing) -> int:
     """Oracle calls so far, in samples."""
-    counts = method.estimator.counts
-    products = counts.hessian_product_samples + counts.jacobian_product_samples + counts.lagrangian_product_samples
-    gradients = counts.upper_gradient_samples + counts.lower_gradient_samples
-    return data.rows + gradients + counts.upper_value_samples + products
+    return data.rows + method.estimator.counts.samples
 
 
 @dataclass

@@ -175,6 +175,7 @@ def test_counts(data: Tensor, minimax: bool, parts: bool) -> None:
     assert spent(lambda: lower.cross_product(x)) == one("jacobian_product")
     assert spent(lambda: lower.second_derivative(x, y)) == one("hessian_product")
     assert spent(lambda: lower.jacobian_product(y)) == one("jacobian_product")
+    assert oracle.counts.calls == 10 and oracle.counts.samples == 10 * N
     copy = Counts()
     copy.load_state_dict(oracle.counts.state_dict())
     assert copy == oracle.counts

@@ -46,11 +46,12 @@ ORDER = (
     "blocks",
     "ranks",
     "tensors",
+    "shards",
 )
 BELOW = {layer: set(ORDER[i + 1 :]) for i, layer in enumerate(ORDER)}
 for _layer in ("__init__", "methods", "method", "verify"):
     BELOW[_layer].add("optim")
-BELOW["optim"] = {"lanczos", "tensors"}
+BELOW["optim"] = {"lanczos", "tensors", "shards"}
 
 OWNER = {"functional_call": "tasks", "autograd.grad": "derivatives", "_engine_run_backward": "derivatives"}
 

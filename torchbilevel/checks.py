@@ -17,6 +17,7 @@ from torchbilevel.derivatives import differentiable_gradient, reached, scalar, v
 from torchbilevel.modules import ModulePair
 from torchbilevel.oracle import Oracle
 from torchbilevel.samples import Sample, Samples
+from torchbilevel.shards import whole
 from torchbilevel.tensors import Tensors, detach, is_finite, leaves, norm, numel, scale, sub
 
 
@@ -38,7 +39,7 @@ def check_problem(problem: Any, pair: ModulePair, samples: Samples) -> None:
                 f"or others in their place; "
                 f"freeze or replace parameters first, then make the problem"
             )
-    x, y = leaves(problem.x), leaves(problem.y)
+    x, y = leaves(whole(problem.x)), leaves(whole(problem.y))
     with torch.enable_grad():
         start = problem.start(x)
     if start is not None and not is_finite(start):
@@ -146,7 +147,7 @@ def _warn_of_cut(value_of: Callable[..., Tensor], name: str, point: Tensors, n: 
 def _warn_of_ranks(problem: Any, pair: ModulePair, names: tuple[str, str], samples: Samples) -> None:
     """Warn where several ranks do not equal one process on the joined batch; raise where they are at several points."""
     gather, device = problem.ranks.gather, problem.x[0].device
-    for side, point in (("upper", problem.x), ("lower", problem.y)):
+    for side, point in (("upper", whole(problem.x)), ("lower", whole(problem.y))):
         found = gather(float(norm(point) + 0.5 * sum(t.sum() for t in point)), device)
         if len(set(found)) > 1:
             raise ValueError(
@@ -164,7 +165,7 @@ def _warn_of_ranks(problem: Any, pair: ModulePair, names: tuple[str, str], sampl
             )
         _, batch, seed = next(sample.parts())
         with torch.no_grad():
-            values = gather(float(value_of(problem.x, problem.y, batch, seed)), device)
+            values = gather(float(value_of(whole(problem.x), whole(problem.y), batch, seed)), device)
         if batch is not None and len(set(values)) == 1:
             warnings.warn(
                 f"{name} is {values[0]:g} on every rank, as if all had brought the same batch; give each rank rows of "

@@ -18,6 +18,8 @@ class Counts:
         jacobian_products: products g_xy s; JV(g) in samples.
         lagrangian_products: products with the second derivatives of f - <z, g_y> in (x, y) (curvature only).
         upper_values: evaluations of f alone, without a gradient.
+        calls: all of these.
+        samples: all data points.
     """
 
     upper_gradients: int = 0
@@ -32,6 +34,16 @@ class Counts:
     jacobian_product_samples: int = 0
     lagrangian_product_samples: int = 0
     upper_value_samples: int = 0
+
+    @property
+    def calls(self) -> int:
+        """All oracle calls."""
+        return sum(count for name, count in vars(self).items() if not name.endswith("_samples"))
+
+    @property
+    def samples(self) -> int:
+        """All data points that they touched."""
+        return sum(count for name, count in vars(self).items() if name.endswith("_samples"))
 
     def add(self, kind: str, sample: Sample, calls: int = 1) -> None:
         """Count ``calls`` oracle calls of one kind (``"upper_gradient"``, ...) on a sample."""

@@ -14,6 +14,7 @@ from torchbilevel.oracle import Oracle
 from torchbilevel.problem import Problem
 from torchbilevel.response import best_response
 from torchbilevel.samples import Samples
+from torchbilevel.shards import whole
 from torchbilevel.tensors import Tensors, add, flatten, norm, numel, scale, sub, unflatten, zeros
 
 
@@ -78,8 +79,8 @@ class HessianOperator:
                 "the problem has an upper_projection, and curvature is computed for a free x; where no bound on x is "
                 "active, state the problem without upper_projection"
             )
-        self.x = problem.x if x is None else x
-        y = problem.y if y is None else y
+        self.x = whole(problem.x if x is None else x)
+        y = whole(problem.y if y is None else y)
         self.oracle = Oracle(problem) if oracle is None else oracle
         eps = max(torch.finfo(t.dtype).eps for t in (*self.x, *y))
         self.tol = _default(tol, eps**0.64, "tol")

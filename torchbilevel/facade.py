@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchbilevel.shards import cut, gathered
+
 
 class Facade(torch.optim.Optimizer):
     """Forwards groups, state and defaults to a rule as live properties, and has one checkpoint for both.
@@ -66,7 +68,9 @@ class Facade(torch.optim.Optimizer):
         outer = self.rule.state_dict()
         # Once more in a tuple, which torch.distributed.checkpoint loads whole: of a dict it loads the entries that are
         # there already, and the state of a new optimizer is empty.
+        # A tensor that is spread over ranks is saved whole, so that any number of ranks may go on with it.
         state = {**outer, "method": {"kind": self._kind(), "state": (outer["state"],), **self._memory()}}
+        state = gathered(state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, state)
             state = state if changed is None else changed
@@ -97,6 +101,10 @@ class Facade(torch.optim.Optimizer):
         if not _alike(state["state"], whole):
             state["state"] = whole
         self.rule.load_state_dict(deepcopy(state))  # torch would go on using its tensors
+        for p, entries in self.rule.state.items():
+            for key, t in entries.items():
+                if isinstance(t, Tensor) and t.shape == p.shape:
+                    (entries[key],) = cut((t,), (p,))
         self._restore(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

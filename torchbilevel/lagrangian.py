@@ -9,6 +9,7 @@ import torch
 from torchbilevel.derivatives import differentiable_gradient, explain, scalar, vjp
 from torchbilevel.oracle import Oracle
 from torchbilevel.samples import Samples
+from torchbilevel.shards import whole
 from torchbilevel.tensors import Tensors, axpy, detach, dot, leaves, zeros
 
 
@@ -31,8 +32,8 @@ class Lagrangian:
     """
 
     def __init__(self, oracle: Oracle, x: Tensors, y: Tensors, z: Tensors, samples: Samples) -> None:
-        self._oracle, self._z, self._samples = oracle, detach(z), samples
-        self._x, self._y = leaves(x), leaves(y)
+        self._oracle, self._z, self._samples = oracle, detach(whole(z)), samples
+        self._x, self._y, self._like = leaves(whole(x)), leaves(whole(y)), (*x, *y)
         self._whole = samples.upper.whole and samples.lower.whole
         oracle.counts.add("upper_gradient", samples.upper)
         oracle.counts.add("lower_gradient", samples.lower)
@@ -42,7 +43,7 @@ class Lagrangian:
             total = axpy(weight, detach(gradient), total)
             if self._whole:
                 self._kept.append((weight, gradient))
-        total = oracle.losses.ranks.average(total)
+        total = oracle.losses.ranks.average(total, self._like)
         self.gradient, self.residual = total[: len(x)], total[len(x) :]
 
     def product(self, u: Tensors, s: Tensors) -> tuple[Tensors, Tensors]:
@@ -60,14 +61,14 @@ class Lagrangian:
         return product[: len(u)], product[len(u) :]
 
     def _sweep(self, cotangents: Tensors) -> Tensors:
-        inputs = (*self._x, *self._y)
+        inputs, cotangents = (*self._x, *self._y), whole(cotangents)
         total = zeros(inputs)
         try:
             for weight, gradient in self._kept or self._graphs():
                 total = axpy(weight, vjp(gradient, inputs, cotangents, keep=self._whole)[0], total)
         except (RuntimeError, NotImplementedError) as error:
             raise explain(error) from error
-        return self._oracle.losses.ranks.average(total)
+        return self._oracle.losses.ranks.average(total, self._like)
 
     def _graphs(self) -> Iterator[tuple[float, Tensors]]:
         """Gradients of the summands of L in (x, y), with their graphs: f part by part, then -<z, g_y> part by part."""

@@ -18,6 +18,7 @@ from torchbilevel.facade import Facade
 from torchbilevel.optim.base import Claim, Event, Rule, run_eagerly, step_within
 from torchbilevel.pairing import require_pair, require_upper
 from torchbilevel.problem import Problem
+from torchbilevel.shards import fit
 from torchbilevel.tensors import Tensors, clone, mix_seed
 from torchbilevel.verify import Verify
 
@@ -313,7 +314,7 @@ class Method(Facade):
     def _place(self, y: Tensors | None) -> Tensors | None:
         if y is None:
             return None
-        return tuple(t.to(p.device, copy=True) for t, p in zip(y, self.problem.y, strict=True))
+        return fit(clone(y), self.problem.y)
 
     def _forget(self) -> None:
         """Forget the backwards since the last step."""

@@ -12,6 +12,7 @@ from torchbilevel.counts import Counts
 from torchbilevel.derivatives import average, differentiable_gradient, scalar, vjp
 from torchbilevel.ranks import Ranks
 from torchbilevel.samples import Sample
+from torchbilevel.shards import whole
 from torchbilevel.tensors import Tensors, detach, leaves
 
 
@@ -33,7 +34,8 @@ class Oracle:
     """Counted derivatives of a problem's losses.
 
     Every method takes a point (x, y) as tuples of tensors, whose graphs and ``requires_grad`` flags play no part unless
-    said otherwise, and a sample. Averages over the parts of a ``Batches`` are formed here.
+    said otherwise, and a sample. Averages over the parts of a ``Batches`` are formed here. Losses see whole tensors;
+    what is of the shapes of x or y comes back spread over the ranks as x and y are.
 
     Args:
         losses: the problem.
@@ -46,6 +48,7 @@ class Oracle:
     def upper_value(self, x: Tensors, y: Tensors, sample: Sample) -> Tensor:
         """The upper loss f(x, y), detached. Cost: one evaluation."""
         self.counts.add("upper_value", sample)
+        x, y = whole(x), whole(y)
         with torch.no_grad():
             return self.mean(sample, lambda batch, seed: (self._upper_value(x, y, batch, seed),))[0]
 
@@ -66,14 +69,14 @@ class Oracle:
     def lower_gradient(self, x: Tensors, y: Tensors, sample: Sample) -> tuple[Tensor, Tensors]:
         """Value of g and g_y, detached. Cost: one gradient of g."""
         self.count_lower_gradient(sample)
-        xs, ys = detach(x), leaves(y)
+        xs, ys = detach(whole(x)), leaves(whole(y))
 
         def part(batch: Any, seed: int) -> Tensors:
             with torch.enable_grad():
                 value = self._lower_value(xs, ys, batch, seed)
             return value.detach(), *vjp((value,), ys, (None,))[0]
 
-        found = self.mean(sample, part)
+        found = self.mean(sample, part, y)
         return found[0], found[1:]
 
     def full_lower_gradient(self, x: Tensors, y: Tensors, sample: Sample) -> tuple[Tensor, Tensors, Tensors, bool]:
@@ -106,7 +109,7 @@ class Oracle:
         shared = ranks.shared((*x, *y))
         xs, ys = shared[: len(x)], shared[len(x) :]
         gradient = over_parts(sample, lambda batch, seed: self.gradient_graph(xs, ys, ys, batch, seed))
-        return ranks.averaged(gradient, shared)
+        return ranks.averaged(gradient, shared, y)
 
     def linearize(self, x: Tensors, y: Tensors, sample: Sample, in_x: bool = False) -> LowerLinearization:
         """The derivative of g_y at (x, y), for repeated products. Cost: one gradient of g with its graph kept."""
@@ -125,8 +128,8 @@ class Oracle:
             A tuple of the shapes of y. Cost: one Hessian-vector product.
         """
         self.counts.add("hessian_product", sample)
-        xs, ys = detach(x), leaves(y)
-        return self.mean(sample, lambda batch, seed: vjp(self.gradient_graph(xs, ys, ys, batch, seed), ys, s)[0])
+        xs, ys, s = detach(whole(x)), leaves(whole(y)), whole(s)
+        return self.mean(sample, lambda batch, seed: vjp(self.gradient_graph(xs, ys, ys, batch, seed), ys, s)[0], y)
 
     def jacobian_product(self, x: Tensors, y: Tensors, s: Tensors, sample: Sample) -> tuple[Tensors, bool]:
         """The product g_xy s, for once: its graph is freed.
@@ -141,7 +144,7 @@ class Oracle:
             A tuple of the shapes of x, and whether a path leads from g_y to x. Cost: one Jacobian-vector product.
         """
         self.counts.add("jacobian_product", sample)
-        xs, ys = leaves(x), leaves(y)
+        xs, ys, s = leaves(whole(x)), leaves(whole(y)), whole(s)
         anywhere = False
 
         def part(batch: Any, seed: int) -> Tensors:
@@ -151,11 +154,20 @@ class Oracle:
             return product
 
         product = over_parts(sample, part)
-        return self.losses.ranks.average_and_any(product, anywhere)
+        return self.losses.ranks.average_and_any(product, anywhere, x)
 
-    def mean(self, sample: Sample, function: Callable[[Any, int], Tensors]) -> Tensors:
-        """The average of a function of batch and seed over the parts of a sample, and over the ranks."""
-        return self.losses.ranks.average(over_parts(sample, function))
+    def mean(self, sample: Sample, function: Callable[[Any, int], Tensors], like: Tensors = ()) -> Tensors:
+        """The average of a function of batch and seed over the parts of a sample, and over the ranks.
+
+        Args:
+            sample: for whose parts it is called.
+            function: of whole tensors.
+            like: the last of its results are spread over the ranks as these are.
+
+        Returns:
+            The averages.
+        """
+        return self.losses.ranks.average(over_parts(sample, function), like)
 
     def count_lower_gradient(self, sample: Sample) -> None:
         """Count one gradient of g; a minimax problem has one loss and counts all gradients under f."""
@@ -169,7 +181,7 @@ class Oracle:
     def _gradients(
         self, loss: Callable[[Tensors, Tensors, Any, int], Tensor], x: Tensors, y: Tensors, sample: Sample
     ) -> tuple[Tensor, Tensors, Tensors, bool]:
-        xs, ys = leaves(x), leaves(y)
+        xs, ys = leaves(whole(x)), leaves(whole(y))
         in_x = False
 
         def part(batch: Any, seed: int) -> Tensors:
@@ -181,7 +193,7 @@ class Oracle:
             return value.detach(), *gradients
 
         total = over_parts(sample, part)
-        total, in_x = self.losses.ranks.average_and_any(total, in_x)
+        total, in_x = self.losses.ranks.average_and_any(total, in_x, (*x, *y))
         return total[0], total[1 : 1 + len(xs)], total[1 + len(xs) :], in_x
 
     def _upper_value(self, x: Tensors, y: Tensors, batch: Any, seed: int) -> Tensor:
@@ -219,16 +231,16 @@ class LowerLinearization:
 
     def __init__(self, oracle: Oracle, x: Tensors, y: Tensors, sample: Sample, in_x: bool = False) -> None:
         self._oracle, self._ranks, self._sample, self._in_x = oracle, oracle.losses.ranks, sample, in_x
-        self._x, self._y = leaves(x), leaves(y)
+        self._x, self._y, self._like_x, self._like_y = leaves(whole(x)), leaves(whole(y)), x, y
         oracle.count_lower_gradient(sample)
         self._kept = self._graph(sample.batch, sample.seed) if sample.whole else None
-        self.gradient = self._ranks.average(self._over_parts(lambda g: detach(self._in_y(g))))
+        self.gradient = self._ranks.average(self._over_parts(lambda g: detach(self._in_y(g))), self._like_y)
         self.reaches_x = False
 
     def hessian_product(self, s: Tensors) -> Tensors:
         """g_yy s. Cost: one Hessian-vector product."""
         self._oracle.counts.add("hessian_product", self._sample)
-        return self._ranks.average(self._product(self._in_y, self._y, s, keep=True)[0])
+        return self._ranks.average(self._product(self._in_y, self._y, s, keep=True)[0], self._like_y)
 
     def jacobian_product(self, s: Tensors, keep: bool = False) -> Tensors:
         """g_xy s = grad_x <g_y, s>, s held constant.
@@ -242,7 +254,7 @@ class LowerLinearization:
         """
         self._oracle.counts.add("jacobian_product", self._sample)
         product, reached = self._product(self._in_y, self._x, s, keep)
-        product, self.reaches_x = self._ranks.average_and_any(product, reached)
+        product, self.reaches_x = self._ranks.average_and_any(product, reached, self._like_x)
         if not keep:
             self._kept = None
         return product
@@ -257,7 +269,7 @@ class LowerLinearization:
             A tuple of the shapes of y. Cost: one Jacobian-vector product.
         """
         self._oracle.counts.add("jacobian_product", self._sample)
-        return self._ranks.average(self._product(lambda g: g[: len(self._x)], self._y, u, keep=True)[0])
+        return self._ranks.average(self._product(lambda g: g[: len(self._x)], self._y, u, keep=True)[0], self._like_y)
 
     def second_derivative(self, u: Tensors, s: Tensors) -> tuple[Tensors, Tensors]:
         """(g_xx u + g_xy s, g_yx u + g_yy s); needs ``in_x=True`` on construction.
@@ -270,7 +282,8 @@ class LowerLinearization:
             Tuples of the shapes of x and of y. Cost: one Hessian-vector product, in (x, y) jointly.
         """
         self._oracle.counts.add("hessian_product", self._sample)
-        product = self._ranks.average(self._product(lambda g: g, (*self._x, *self._y), (*u, *s), keep=True)[0])
+        product = self._product(lambda g: g, (*self._x, *self._y), (*u, *s), keep=True)[0]
+        product = self._ranks.average(product, (*self._like_x, *self._like_y))
         return product[: len(self._x)], product[len(self._x) :]
 
     def _in_y(self, g: Tensors) -> Tensors:
@@ -292,6 +305,7 @@ class LowerLinearization:
     def _product(
         self, part: Callable[[Tensors], Tensors], inputs: Tensors, s: Tensors, keep: bool
     ) -> tuple[Tensors, bool]:
+        s = whole(s)
         anywhere, loss = False, "loss" if self._oracle.losses.minimax else "lower_loss"
 
         def product(g: Tensors) -> Tensors:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from torchbilevel.tensors import Tensors
+from torchbilevel.shards import any_sharded, cut, is_sharded, whole
+from torchbilevel.tensors import Tensors, detach
 
 if dist.is_available():
     # Its functions hold the default group of the time of their import as a default argument. torch's first optimizer
@@ -46,37 +47,51 @@ class Ranks:
         if self.rank < 0:
             raise ValueError("process_group must contain this rank; make the problem on the ranks of the group only")
 
-    def average(self, tensors: Tensors) -> Tensors:
-        """The mean over the ranks of every tensor, without a graph."""
-        if self.size == 1 or not tensors:
-            return tensors
-        return self._together(tensors, lambda flat: self._all_reduce(flat).div_(self.size))
+    def average(self, tensors: Tensors, like: Tensors = ()) -> Tensors:
+        """The mean over the ranks of every tensor, without a graph.
 
-    def average_and_any(self, tensors: Tensors, holds: bool) -> tuple[Tensors, bool]:
+        Args:
+            tensors: with all their entries.
+            like: the last of the means are spread over the ranks as these are.
+
+        Returns:
+            The means.
+        """
+        if self.size > 1 and tensors:
+            tensors = self._together(tensors, lambda flat: self._all_reduce(flat).div_(self.size))
+        if any_sharded(like):
+            first = len(tensors) - len(like)
+            tensors = (*tensors[:first], *cut(tensors[first:], like))
+        return tensors
+
+    def average_and_any(self, tensors: Tensors, holds: bool, like: Tensors) -> tuple[Tensors, bool]:
         """As ``average``, and whether something holds on any rank, in the same all-reduce."""
         if self.size == 1 or not tensors:
-            return tensors, holds
+            return self.average(tensors, like), holds
         flag = torch.full((), float(holds), dtype=tensors[0].dtype, device=tensors[0].device)
-        *found, share = self.average((*tensors, flag))
+        share, *found = self.average((flag, *tensors), like)
         return tuple(found), holds or bool(share)
 
     def shared(self, tensors: Tensors) -> Tensors:
-        """The tensors, which are the same on all ranks; derivatives that come back through them are averaged."""
-        return tensors if self.size == 1 else tuple(_Shared.apply(self, *tensors))  # type: ignore[no-untyped-call]
+        """The tensors, the same and whole on all ranks; derivatives that come back through them are averaged."""
+        if self.size == 1 and not any_sharded(tensors):
+            return tensors
+        return tuple(_Shared.apply(self, *tensors))  # type: ignore[no-untyped-call]
 
-    def averaged(self, tensors: Tensors, shared: Tensors) -> Tensors:
+    def averaged(self, tensors: Tensors, shared: Tensors, like: Tensors) -> Tensors:
         """The mean over the ranks, with a graph: the derivative of a mean passes on to the summand of this rank.
 
         Args:
             tensors: made from ``shared`` and the batch of this rank.
             shared: what ``shared`` returned.
+            like: the means are spread over the ranks as these are.
 
         Returns:
             The means; a path leads from them to ``shared`` on every rank, whatever its batch reaches.
         """
-        if self.size == 1:
+        if self.size == 1 and not any_sharded(like):
             return tensors
-        return tuple(_Averaged.apply(self, len(tensors), *tensors, *shared))  # type: ignore[no-untyped-call]
+        return tuple(_Averaged.apply(self, like, *tensors, *shared))  # type: ignore[no-untyped-call]
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy the tensors of the first rank into those of all others."""
@@ -84,6 +99,8 @@ class Ranks:
             first = 0 if self._group is None else dist.get_global_rank(self._group, 0)
             with torch.no_grad():
                 for t in tensors:
+                    if is_sharded(t):  # its ranks hold different parts of one tensor
+                        continue
                     held = t.detach().contiguous()
                     self._checked(dist.broadcast, held, first)
                     t.copy_(held)
@@ -103,6 +120,21 @@ class Ranks:
                 f"{name} must be the same on all ranks, which part ways otherwise, got {number} on rank {self.rank}; "
                 "seeds of their own are for the sources of data alone"
             )
+
+    def require_spread(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Raise a ValueError where a parameter is spread over other processes than these, or unfinished."""
+        for key, p in parameters.items():
+            if not is_sharded(p):
+                continue
+            over = sorted(p.device_mesh.mesh.flatten().tolist())
+            ranks = sorted(dist.get_process_group_ranks(self._group or dist.group.WORLD))
+            if over != ranks:
+                raise ValueError(
+                    f"{name}.{key} is spread over the ranks {over}, and the problem averages over {ranks}: make the "
+                    "device mesh of the problem's process group"
+                )
+            if any(placement.is_partial() for placement in p.placements):
+                raise ValueError(f"{name}.{key} is a sum that was not formed (Partial); redistribute it to Shard(0)")
 
     def require_all(self) -> None:
         """Raise a RuntimeError if processes have come together since this was made."""
@@ -154,22 +186,26 @@ class Ranks:
 class _Averaged(torch.autograd.Function):
     """Forward: the mean over ranks. Backward: the identity, since every rank holds the derivative of the whole.
 
+    Means that are spread over the ranks are cut on the way forward, and their derivatives gathered on the way back.
+
     What is shared takes no part in the numbers: it is an argument so that the engine comes to ``_Shared``, and to its
     all-reduce, on a rank whose batch reaches none of it, too.
     """
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, n: int, *tensors: Tensor) -> Tensors:
-        ctx.idle = len(tensors) - n
-        return tuple(ranks.average(tensors[:n]))
+    def forward(ctx: Any, ranks: Ranks, like: Tensors, *tensors: Tensor) -> Tensors:
+        ctx.idle = len(tensors) - len(like)
+        return tuple(ranks.average(detach(tensors[: len(like)]), like))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return None, None, *gradients, *[None] * ctx.idle
+        return None, None, *whole(gradients), *[None] * ctx.idle
 
 
 class _Shared(torch.autograd.Function):
     """Forward: the identity. Backward: the mean over ranks of what each finds through its own batch.
+
+    Tensors that are spread over the ranks are gathered on the way forward, and their derivatives cut on the way back.
 
     What no rank reaches stays without a derivative. Where some ranks reach a tensor and others do not (a part of a
     module that only some batches use), all take part in its average.
@@ -178,8 +214,9 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, *tensors: Tensor) -> Tensors:
         ctx.ranks, ctx.kinds = ranks, [(t.shape, t.dtype, t.device) for t in tensors]
+        ctx.like = detach(tensors) if any_sharded(tensors) else ()
         ctx.set_materialize_grads(False)
-        return tuple(t.view_as(t) for t in tensors)
+        return tuple(s.view_as(s) for s in whole(tensors))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
@@ -191,7 +228,7 @@ class _Shared(torch.autograd.Function):
         reached = torch.ones(len(dense), dtype=dense[0].dtype, device=dense[0].device)
         for i in missing:
             reached[i] = 0
-        *found, reached = ctx.ranks.average((*dense, reached))
+        reached, *found = ctx.ranks.average((reached, *dense), ctx.like)
         if missing:  # otherwise nobody has to wait for the device
             found = [g if r else None for g, r in zip(found, reached.tolist(), strict=True)]
         return None, *found
@@ -208,7 +245,8 @@ def unwrapped(module: Any, name: str) -> Any:
         The module itself where it is not wrapped.
 
     Raises:
-        TypeError: if it, or a part of it, is sharded, if it is an ``nn.DataParallel``, or a part is wrapped.
+        TypeError: if it, or a part of it, is sharded by FSDP or computes on shards, if it is an ``nn.DataParallel``, or
+            a part is wrapped.
     """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.module
@@ -217,8 +255,7 @@ def unwrapped(module: Any, name: str) -> Any:
             f"{name} is an nn.DataParallel; pass {name}.module and start one process per device with torchrun, which "
             "averages over the processes"
         )
-    # Importing DTensor takes half a second, and nobody has a sharded module who has not done it.
-    fsdp, dtensor = (sys.modules.get(f"torch.distributed.{name}") for name in ("fsdp", "tensor"))
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has a module of it who has not imported it
     for part, inner in module.named_modules() if isinstance(module, nn.Module) else ():
         whose = f"{name}.{part}" if part else name
         if isinstance(inner, nn.parallel.DistributedDataParallel):
@@ -231,10 +268,10 @@ def unwrapped(module: Any, name: str) -> Any:
                 f"{whose} is sharded by FSDP, which frees the gathered parameters after each pass, so that its "
                 "gradients cannot be differentiated: keep the parameters whole (docs/scaling.md)"
             )
-        for key, p in inner.named_parameters(recurse=False):
-            if dtensor is not None and isinstance(p, dtensor.DTensor):
-                raise TypeError(
-                    f"{whose}.{key} is a DTensor; the solvers take inner products of whole parameters: keep it whole "
-                    "(docs/scaling.md)"
-                )
+        hooks = (*inner._forward_pre_hooks.values(), *inner._forward_hooks.values())
+        if any(getattr(hook, "__module__", "").startswith("torch.distributed.tensor") for hook in hooks):
+            raise TypeError(
+                f"{whose} computes on sharded inputs or outputs (tensor parallelism), which has no second derivatives: "
+                "shard the parameters alone (docs/scaling.md)"
+            )
     return module

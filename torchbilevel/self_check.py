@@ -17,6 +17,7 @@ from torchbilevel.oracle import Oracle
 from torchbilevel.problem import Problem
 from torchbilevel.problem.base import require_problem
 from torchbilevel.response import best_response
+from torchbilevel.shards import whole
 from torchbilevel.tensors import Tensors, axpy, dot, mix_seed, norm, numel, scale, sub
 
 
@@ -114,13 +115,15 @@ def check_hypergradient(
         why = "at the current x" if not reference.trouble else f"here ({reference.trouble})"
         raise ValueError(f"grad Phi is exactly zero {why}, so there is no relative error; move x")
     evaluation = trial.evaluate(x, trial.start(draws.seed), trial.memory, draws)
-    v = full = evaluation.hypergradient
+    full = evaluation.hypergradient
     tight = CG(max(100, numel(y)), eps**0.77)
     if isinstance(trial, Implicit):
         full = implicit_field(oracle, x, evaluation.y, None, draws.at(0), tight, evaluation.lower).hypergradient
     elif isinstance(trial, Unrolled):
         trial.truncate = None
         full = trial.evaluate(x, trial.start(draws.seed), trial.memory, draws).hypergradient
+
+    x, v, full = whole(x), whole(evaluation.hypergradient), whole(full)
 
     def phi(point: Tensors) -> torch.Tensor:
         there = best_response(problem, oracle, point, y, samples.lower, reference.tol, tight)

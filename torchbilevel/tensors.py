@@ -1,13 +1,19 @@
-"""Arithmetic on tuples of tensors: the vectors of the whole package."""
+"""Arithmetic on tuples of tensors: the vectors of the whole package.
+
+A tensor may be spread over ranks (a ``DTensor``): sums over all entries are then the same numbers on all of them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchbilevel.shards import any_sharded, cut, is_sharded, local, spread, summed, whole
 
 # Lists are made into tuples below, since a generator would cost as much again as an operation on a small tensor.
 Tensors = tuple[Tensor, ...]
@@ -40,7 +46,10 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     >>> dot((torch.ones(2), torch.tensor(3.0)), (torch.ones(2), torch.tensor(2.0)))
     tensor(8.)
     """
-    parts = [torch.dot(_row(s), _row(t)) for s, t in zip(a, b, strict=True)]
+    if any_sharded(a):
+        parts = [_sharded_dot(s, t) for s, t in zip(a, b, strict=True)]
+    else:
+        parts = [torch.dot(_row(s), _row(t)) for s, t in zip(a, b, strict=True)]
     if len(parts) == 1:
         return parts[0]
     dtype = parts[0].dtype
@@ -50,6 +59,11 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     for p in parts[1:]:
         total = total + p.to(device=total.device, dtype=dtype)
     return total
+
+
+def _sharded_dot(s: Tensor, t: Tensor) -> Tensor:
+    part = torch.dot(_row(local(s)), _row(local(t)))
+    return summed(part, s) if is_sharded(s) else part
 
 
 def norm(a: Sequence[Tensor]) -> Tensor:
@@ -104,7 +118,8 @@ class Layout:
     as much as one on a short vector; elsewhere they are 0-d tensors, since a number would have to wait for the device.
 
     Args:
-        like: a tuple of the shapes, dtypes and devices to come.
+        like: a tuple of the shapes, dtypes and devices to come. Of tensors that are spread over ranks the vectors hold
+            the part of this one.
 
     >>> layout = Layout((torch.zeros(2), torch.zeros(())))
     >>> vectors = layout.pack((torch.ones(2), torch.tensor(3.0)))
@@ -113,17 +128,21 @@ class Layout:
     """
 
     def __init__(self, like: Sequence[Tensor]) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._like = tuple(like) if any_sharded(like) else None
+        groups: dict[tuple[Any, ...], list[int]] = {}
         for i, t in enumerate(like):
-            groups.setdefault((t.device, t.dtype), []).append(i)
+            spread_as = (t.device_mesh, t.placements) if is_sharded(t) else ()  # type: ignore[attr-defined]
+            groups.setdefault((t.device, t.dtype, *spread_as), []).append(i)
         self._groups = list(groups.values())
+        like = [local(t) for t in like]
         self._shapes = [t.shape for t in like]
         # Kernels are fastest on addresses that are multiples of 64 bytes or so, hence the gaps between tensors.
         self._gaps = {i: like[i].new_zeros(-like[i].numel() % 16) for g in groups.values() if len(g) > 1 for i in g}
-        self._on_cpu = all(device.type == "cpu" for device, _ in groups)
+        self._on_cpu = all(device.type == "cpu" for device, *_ in groups)
 
     def pack(self, a: Sequence[Tensor]) -> Tensors:
         """The flat vectors; a tensor alone in its vector is viewed where possible, others are copied."""
+        a = [local(t) for t in a] if self._like else a
         return tuple(
             [
                 torch.cat([piece for i in group for piece in (a[i].reshape(-1), self._gaps[i])])
@@ -145,11 +164,19 @@ class Layout:
                 size = self._shapes[i].numel()
                 views[i] = vector[start : start + size].view(self._shapes[i])
                 start += size + -size % 16
+        if self._like:
+            return tuple([spread(views[i], t) for i, t in enumerate(self._like)])
         return tuple([views[i] for i in range(len(views))])
 
     def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Scalar:
         """Inner product of flat vectors."""
-        product = dot(a, b)
+        if self._like is None:
+            product = dot(a, b)
+        else:
+            leaders = [self._like[group[0]] for group in self._groups]
+            parts = [dot((s,), (t,)) for s, t in zip(a, b, strict=True)]
+            parts = [summed(p, t) if is_sharded(t) else p for p, t in zip(parts, leaders, strict=True)]
+            product = sum(parts[1:], parts[0])
         return product.item() if self._on_cpu else product
 
 
@@ -190,17 +217,23 @@ def is_finite(*groups: Sequence[Tensor]) -> bool:
     # A sum is finite only if no entry is NaN or infinite; a finite tensor whose sum overflows is caught by the
     # elementwise test, which therefore runs only after the cheap one has failed.
     tensors = [t for group in groups for t in group]
-    total: dict[torch.device, Tensor] = {}
+    sums: dict[torch.device, Tensor] = {}
     for t in tensors:
-        s = accumulator(t).sum()
-        total[t.device] = total[t.device] + s if t.device in total else s
-    if all(math.isfinite(s.item()) for s in total.values()):
+        s = _sum(accumulator(local(t)), t)
+        sums[t.device] = sums[t.device] + s if t.device in sums else s
+    if all(math.isfinite(s.item()) for s in sums.values()):
         return True
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    return not any(bool(_sum((~torch.isfinite(local(t))).float(), t)) for t in tensors)
+
+
+def _sum(part: Tensor, like: Tensor) -> Tensor:
+    """The sum over all entries of a tensor that is spread as ``like``."""
+    return summed(part.sum(), like) if is_sharded(like) else part.sum()
 
 
 def flatten(a: Sequence[Tensor]) -> Tensor:
-    """One vector of all entries, on the device of the first tensor and in the widest dtype."""
+    """One vector of all entries, on the device of the first tensor and in the widest dtype; shards are gathered."""
+    a = whole(a)
     dtype = a[0].dtype
     for t in a[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
@@ -210,7 +243,8 @@ def flatten(a: Sequence[Tensor]) -> Tensor:
 def unflatten(vector: Tensor, like: Sequence[Tensor]) -> Tensors:
     """The inverse of ``flatten``: pieces of a vector in the shapes, dtypes and devices of ``like``."""
     pieces = vector.split_with_sizes([t.numel() for t in like])
-    return tuple(v.reshape(t.shape).to(t.device, t.dtype) for v, t in zip(pieces, like, strict=True))
+    shaped = tuple([v.reshape(t.shape).to(t.device, t.dtype) for v, t in zip(pieces, like, strict=True)])
+    return cut(shaped, like)
 
 
 def mix_seed(*parts: int) -> int:
@@ -257,4 +291,4 @@ def ball(like: Sequence[Tensor], radius: float, seed: int) -> Tensors:
     uniform = torch.rand((), generator=torch.Generator().manual_seed(mix_seed(seed, -1)), dtype=torch.float64)
     length = radius * float(uniform) ** (1.0 / numel(like))
     factor = length / norm(gauss)
-    return tuple((g * _like(factor, g)).to(t.dtype) for g, t in zip(gauss, like, strict=True))
+    return cut([(g * _like(factor, g)).to(t.dtype) for g, t in zip(gauss, like, strict=True)], like)

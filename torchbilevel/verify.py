@@ -12,6 +12,7 @@ from torchbilevel.certificate import Certificate, certify_samples
 from torchbilevel.optim.base import Rule
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Samples
+from torchbilevel.shards import cut
 from torchbilevel.tensors import Tensors, axpy, mix_seed
 
 
@@ -86,4 +87,4 @@ class Verify:
 
     def leave(self, certificate: Certificate, x: Tensors) -> Tensors:
         """The point one step off a saddle: x + step_length v."""
-        return axpy(self.step_length, certificate.eigenvector, x)
+        return axpy(self.step_length, cut(certificate.eigenvector, x), x)

@@ -22,6 +22,7 @@ from torchbilevel.estimators.vetting import diverged, failed, vet
 from torchbilevel.lower import LowerResult, LowerSolver, Unrollable
 from torchbilevel.oracle import Oracle
 from torchbilevel.problem import Problem
+from torchbilevel.shards import fit
 from torchbilevel.tensors import Tensors, clone, detach, is_finite, mix_seed
 
 # Numbers of the draws of these two, which no step of an iteration reaches.
@@ -307,7 +308,7 @@ class Estimator(ABC):
         x, y = self.problem.x, self.problem.y
         for like in (x, y, (*x, *y)):
             if [t.shape for t in like] == [t.shape for t in tensors]:
-                return tuple(t.to(p.device, copy=True) for t, p in zip(tensors, like, strict=True))
+                return fit(clone(tensors), like)
         return tuple(t.to(y[0].device, copy=True) for t in tensors)
 
     def start(self, seed: int) -> Tensors:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbilevel.blocks import choose, norms
+from torchbilevel.shards import fit
 from torchbilevel.tensors import Tensors, detach, sub
 
 if TYPE_CHECKING:
@@ -150,9 +151,9 @@ class Unrollable(LowerSolver):
         return self if factor == 1 else self.with_values({"lr": factor * vars(self)["lr"]})
 
     def place(self, state: Any, y: Tensors) -> Any:
-        """Each tensor on the device of its parameter: a state holds rounds of one tensor per parameter."""
-        devices = cycle(t.device for t in y)
-        return map_tensors(lambda t: t.to(next(devices)), state)
+        """Each tensor beside its parameter: a state holds rounds of one tensor per parameter."""
+        parameters = cycle(y)
+        return map_tensors(lambda t: fit((t,), (next(parameters),))[0], state)
 
     @torch.no_grad()
     def run(

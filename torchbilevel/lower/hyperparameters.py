@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchbilevel.shards import beside
 from torchbilevel.tensors import Tensors
 
 Hyperparameter = float | Callable[[nn.Module], Any]
@@ -23,7 +24,10 @@ def descend(y: Tensors, direction: Tensors, lr: Any, factor: float = 1.0) -> Ten
 
 def times(rate: Any, t: Tensor) -> Tensor:
     """The product of a tensor with a rate on any device."""
-    return t * (rate.to(t.device, t.dtype) if isinstance(rate, Tensor) else rate)
+    if isinstance(rate, Tensor):
+        rate = beside(rate.to(t.device, t.dtype), t)
+    product: Tensor = t * rate
+    return product
 
 
 def is_zero(value: Any) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchbilevel.lower.base import Gradient, LowerResult, LowerSolver, natural_residual
+from torchbilevel.shards import any_sharded, fit
 from torchbilevel.tensors import Tensors, clone, detach
 
 
@@ -54,6 +55,19 @@ class TorchOptim(LowerSolver):
             raise ValueError(
                 f"{self} cannot stop for one task of a TaskBatch and go on for others: leave tol out, or use GD or Adam"
             )
+
+    def place(self, state: Any, y: Tensors) -> Any:
+        """What is of the shape of a parameter that is spread over ranks, spread likewise; torch sees to the devices."""
+        if state is None or not any_sharded(y):
+            return state
+        entries = {
+            i: {
+                key: fit((t,), (y[i],))[0] if isinstance(t, Tensor) and t.shape == y[i].shape else t
+                for key, t in entry.items()
+            }
+            for i, entry in state["state"].items()
+        }
+        return {**state, "state": entries}
 
     def run(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from torchbilevel.shards import fit
 from torchbilevel.tensors import Tensors, ball, clone, is_finite, mix_seed, norm
 
 Claim = Literal["running", "stationary", "escape test passed", "verified"]
@@ -226,10 +227,10 @@ class Rule(torch.optim.Optimizer):
     def _restore(self, memory: dict[str, Any]) -> None:
         """Take over a copy of what ``_find_memory`` returned."""
         memory = deepcopy(memory)
-        devices = [p.device for p in self.parameters()]
+        parameters = self.parameters()
 
         def place(x: Tensors) -> Tensors:
-            return tuple(t.to(device) for t, device in zip(x, devices, strict=False))
+            return fit(x, parameters[: len(x)])
 
         for name in self._saved:
             if name not in ("events", "answer"):
@@ -287,6 +288,12 @@ def step_within(optimizer: torch.optim.Optimizer, *args: Any) -> Any:
     Returns:
         What its step returned.
     """
+    step = type(optimizer).step
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks or "step" in vars(optimizer)
+    if (
+        getattr(step, "hooked", False) and not own
+    ):  # beneath what torch wraps it in, which takes longer than a small step
+        return step.__wrapped__(optimizer, *args)  # type: ignore[attr-defined]
     hooks: tuple[dict[int, Any], ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
     kept = [dict(table) for table in hooks]
     for table in hooks:

@@ -17,6 +17,7 @@ from torchbilevel.problem.arguments import Projections, by_name, fitting
 from torchbilevel.projections import Projection
 from torchbilevel.ranks import Ranks, unwrapped
 from torchbilevel.samples import Samples
+from torchbilevel.shards import any_sharded, cut, whole
 from torchbilevel.tasks import tasks_of
 from torchbilevel.tensors import Tensors, detach, mix_seed
 
@@ -68,6 +69,12 @@ class Problem:
         self.ranks = Ranks(process_group)
         self._losses = dict(losses)
         self._pair = ModulePair(upper, lower)
+        for name, parameters in (("upper", self._pair.x), ("lower", self._pair.y)):
+            self.ranks.require_spread(name, parameters)
+        if self.tasks is not None and any_sharded(self.lower_parameters):
+            raise ValueError(
+                "lower is a TaskBatch of sharded parameters, whose tasks are solved whole: keep them whole"
+            )
         self._projections = {
             "projection": by_name(projection, self._pair.y, "projection"),
             "upper_projection": by_name(upper_projection, self._pair.x, "upper_projection"),
@@ -101,7 +108,7 @@ class Problem:
     def set_y(self, y: Tensors) -> None:
         """Copy ``y`` into the lower module."""
         with torch.no_grad():
-            for p, t in zip(self.lower_parameters, y, strict=True):
+            for p, t in zip(self.lower_parameters, cut(y, self.lower_parameters), strict=True):
                 p.copy_(t)
 
     def project_y(self, y: Tensors) -> Tensors:
@@ -151,7 +158,7 @@ class Problem:
 
     def call_upper(self, function: Callable[[nn.Module], Any], x: Tensors, seed: int = 0) -> Any:
         """``function(upper)`` with x in place of the upper parameters, under a seed."""
-        return self._pair.call(lambda upper, lower: function(upper), (), x, self.y, seed)
+        return self._pair.call(lambda upper, lower: function(upper), (), whole(x), self.y, seed)
 
     def start(self, x: Tensors, seed: int = 0) -> Tensors | None:
         """Where y starts when it is not warm: ``lower_init(upper)``, projected.
@@ -171,7 +178,7 @@ class Problem:
             # Within the call: an iterator over parameters must run while x is in their place.
             return fitting(function(upper), self._pair.y, self.tasks)
 
-        return self.project_y(self.call_upper(start, x, seed))
+        return self.project_y(cut(self.call_upper(start, x, seed), self.y))
 
     def commit_buffers(self, x: Tensors, y: Tensors, samples: Samples | Draw) -> None:
         """Update the live buffers (running statistics, ...) as one evaluation of each loss at (x, y) does.
@@ -181,6 +188,7 @@ class Problem:
         tensors = self._pair.clone_buffers()
         if not tensors or not any(m.training for m in (*self.upper.modules(), *self.lower.modules())):
             return
+        x, y = whole(x), whole(y)
         with torch.no_grad():
             for loss, sample in zip(self._losses.values(), (samples.upper, samples.lower), strict=False):
                 for _, batch, seed in sample.parts():
@@ -272,9 +280,8 @@ class Problem:
         projections = self._projections[argument]
         if not projections:
             return values
-        return tuple(
-            projections[name](t) if name in projections else t for name, t in zip(parameters, values, strict=True)
-        )
+        named = zip(parameters, whole(values), strict=True)
+        return cut([projections[name](t) if name in projections else t for name, t in named], values)
 
 
 def require_problem(problem: Any) -> None:

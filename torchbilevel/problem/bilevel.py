@@ -32,12 +32,13 @@ class BilevelProblem(Problem):
             parameters, or a dict by parameter name.
         projection: refused; y of a bilevel problem is free.
         process_group: over whose ranks gradients and products are averaged; ``None`` (default) for all ranks where
-            ``torch.distributed`` is initialised. A group of one rank keeps it to itself.
+            ``torch.distributed`` is initialised. A group of one rank keeps it to itself. Parameters may be ``DTensor``s
+            that are spread over these ranks; losses see them whole.
 
     Raises:
         TypeError: if a module, a loss or ``lower_init`` is of the wrong kind.
-        ValueError: if a module has no trainable parameter, or both share one; if ``upper_projection`` does not map a
-            parameter to a tensor of its kind; if ``projection`` is given.
+        ValueError: if a module has no trainable parameter, or both share one; if one is spread over other ranks; if
+            ``upper_projection`` does not map a parameter to a tensor of its kind; if ``projection`` is given.
 
     Example:
         >>> import torch

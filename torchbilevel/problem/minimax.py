@@ -30,12 +30,13 @@ class MinimaxProblem(Problem):
             ``lower_init=lambda upper: torch.empty(shape).uniform_(-radius, radius)``; the random numbers are replayed
             as those of the loss are.
         process_group: over whose ranks gradients are averaged; ``None`` (default) for all ranks where
-            ``torch.distributed`` is initialised. A group of one rank keeps it to itself.
+            ``torch.distributed`` is initialised. A group of one rank keeps it to itself. Parameters may be ``DTensor``s
+            that are spread over these ranks; the loss sees them whole.
 
     Raises:
         TypeError: if a module, the loss or ``lower_init`` is of the wrong kind.
-        ValueError: if a module has no trainable parameter, or both share one; if a projection does not map a parameter
-            to a tensor of its kind.
+        ValueError: if a module has no trainable parameter, or both share one; if one is spread over other ranks; if a
+            projection does not map a parameter to a tensor of its kind.
     """
 
     minimax = True
