@@ -524,9 +524,21 @@ def test_refusals_of_tasks() -> None:
     with pytest.raises(ValueError, match=r"the same number of tasks, got \[2, 3\]"):
         rsvrb(problem()).backward(lower=two, upper=three)
     method = rsvrb(problem(), tasks_per_step=3)
-    run(method, 1, lower=two, upper=two)
-    with pytest.raises(ValueError, match="tasks_per_step=3 exceeds the number of tasks, 2"):
-        method.backward(lower=two, upper=two)
+    for few, n in ((two, 2), (two[0], 1)):
+        with pytest.raises(ValueError, match=f"tasks_per_step=3 exceeds the number of tasks, {n}"):
+            method.backward(lower=few, upper=few)
+    with pytest.raises(ValueError, match="number of a task that a backward has met, below 0, got 0"):
+        method.estimator.y_of(0)  # type: ignore[attr-defined]
+    assert method.estimator.memory.calls == 0
+    method = rsvrb(problem())
+    run(method, 1, lower=three, upper=three)
+    before = method.estimator.memory
+    for other, n in ((two, 2), (Tasks([sample(rows(1), 1)] * 4), 4), (three[0], 1)):
+        with pytest.raises(ValueError, match=rf"have {n} task\(s\), and those of the calls before 3"):
+            method.backward(lower=other, upper=other)
+    assert method.estimator.memory is before
+    with pytest.raises(ValueError, match="number of a task that a backward has met, below 3, got 3"):
+        method.estimator.y_of(3)  # type: ignore[attr-defined]
     with pytest.raises(TypeError, match="only RSVRB draws among tasks"):
         stable(problem()).backward(lower=two, upper=sample(rows(1), 1))
     with pytest.raises(ValueError, match="Tasks needs a source or a batch per task"):

@@ -83,7 +83,8 @@ class Rsvrb(Estimator):
     Reference: Guo, Hu, Zhang and Yang, 2021 (arXiv 2105.02266), SVRB for one task, RSVRB for many.
 
     Differs from the paper: written from its description. The factor m / n - 1 is derived: it makes the expected error
-    of an estimate, over the draw of tasks, (1 - b_t n / m) times that before, as STORM has it for one task.
+    of an estimate, over the draw of tasks, (1 - b_t n / m) times that before, as STORM has it for one task. A later
+    estimator of such blocks, MSVR of Jiang, Li, Wang, Zhang and Yang, NeurIPS 2022, adds a correction of this kind too.
     """
 
     def __init__(
@@ -118,8 +119,15 @@ class Rsvrb(Estimator):
 
         Returns:
             y, detached copies.
+
+        Raises:
+            ValueError: if there is no such task, or there was no ``backward`` yet.
         """
-        return clone(unflatten(Task(*self.memory.tracked[str(task)]).y, self.problem.y))
+        tracked = self.memory.tracked
+        known = max(len(tracked) - 1, 0)  # besides x
+        if task not in range(known):
+            raise ValueError(f"task must be the number of a task that a backward has met, below {known}, got {task!r}")
+        return clone(unflatten(Task(*tracked[str(task)]).y, self.problem.y))
 
     def refresh(self) -> None:
         """One run of the lower solver, see ``Estimator``; refused for several tasks, of whose y the module holds one.
@@ -134,6 +142,14 @@ class Rsvrb(Estimator):
     def evaluate(self, x: Tensors, y: Tensors, memory: Memory, draws: Draws) -> Evaluation:
         """Carry the estimates of the tasks drawn to x, and take a step of their y."""
         x, tasks, past, t = clone(x), draws.tasks, memory.tracked, memory.calls
+        if self.tasks_per_step > len(tasks):
+            raise ValueError(f"tasks_per_step={self.tasks_per_step} exceeds the number of tasks, {len(tasks)}")
+        known = len(past) - 1  # besides x
+        if past and known != len(tasks):
+            raise ValueError(
+                f"lower= and upper= have {len(tasks)} task(s), and those of the calls before {known}, of each of which "
+                "RSVRB keeps estimates: give the same tasks in every call"
+            )
         kept = {i: Task(*past[str(i)]) for i in range(len(tasks))} if past else {}
         solver, factor = self.lower_solver, 1.0 if self.decay is None else self.decay.upper(max(t - 1, 0))
         assert isinstance(solver, GD)
@@ -185,8 +201,5 @@ class Rsvrb(Estimator):
         return value, (flatten(f_x), flatten(f_y), flatten(g_y), g_xy, g_yy), in_f or in_g
 
     def _draw_tasks(self, m: int, draws: Draws) -> list[int]:
-        n = self.tasks_per_step
-        if n > m:
-            raise ValueError(f"tasks_per_step={n} exceeds the number of tasks, {m}")
         order: list[int] = torch.randperm(m, generator=torch.Generator().manual_seed(draws.at(0).seed)).tolist()
-        return sorted(order[:n])
+        return sorted(order[: self.tasks_per_step])
