@@ -103,6 +103,11 @@ def test_sizes_out_of_range(size: Any) -> None:
         BatchSizes(hvp=size)
 
 
+def test_a_batch_is_no_flag() -> None:
+    with pytest.raises(TypeError, match="reuse_batch must be True or False, got 'yes'"):
+        BatchSizes(reuse_batch="yes")  # type: ignore[arg-type]
+
+
 def test_of_a_large_sample_the_numbers_of_the_rows_are_kept() -> None:
     data = torch.arange(200.0).repeat_interleave(100_000).view(200, 100_000)
     expected = [rows.clone() for rows in map(sample(data, seed=4), (5, 5, 5))]

@@ -41,6 +41,7 @@ class BatchSizes:
         reuse_batch: let a plain batch stand for all draws of its loss, which then are not independent.
 
     Raises:
+        TypeError: if ``reuse_batch`` is neither true nor false.
         ValueError: if a size is not a positive integer.
     """
 
@@ -57,6 +58,8 @@ class BatchSizes:
             size = getattr(self, name)
             if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise ValueError(f"{_ARGUMENTS[name]} must be a positive integer or None, got {size!r}")
+        if not isinstance(self.reuse_batch, bool):
+            raise TypeError(f"reuse_batch must be True or False, got {self.reuse_batch!r}")
 
     def size(self, role: Role, anchor: bool) -> int | None:
         """The number of data points that a use draws.

@@ -361,6 +361,8 @@ def test_the_adjoint_may_go_on_in_a_single_loop() -> None:
     ("make", "error", "words"),
     [
         (lambda: Storm(0.0), ValueError, r"weight must be in \(0, 1\], got 0.0"),
+        (lambda: Storm(None), ValueError, r"weight must be in \(0, 1\], got None"),  # type: ignore[arg-type]
+        (lambda: Storm("0.5"), ValueError, r"weight must be in \(0, 1\], got '0.5'"),  # type: ignore[arg-type]
         (lambda: Storm(0.5, 1.5), ValueError, r"lower_weight must be in \(0, 1\], got 1.5"),
         (lambda: Hybrid(0.5, tracks="y"), ValueError, "tracks must be one of 'hypergradient', 'gradients', got 'y'"),
         (lambda: Spider(0), ValueError, "period must be a positive integer, got 0"),

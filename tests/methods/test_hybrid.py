@@ -358,6 +358,7 @@ def test_the_generic_method_is_its_loop(theta: float) -> None:
 def test_refusals() -> None:
     for bad, match in (
         ({"weight": 0.0}, r"weight must be in \(0, 1\], got 0.0"),
+        ({"weight": None}, r"weight must be in \(0, 1\], got None"),
         ({"jacobian_weight": 1.5}, r"jacobian_weight must be in \(0, 1\], got 1.5"),
         ({"averaging": 0.0}, r"averaging must be in \(0, 1\], got 0.0"),
         ({"max_size": 3}, r"5 x 3 entries, more than max_size\^2 with max_size=3"),

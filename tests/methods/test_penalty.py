@@ -226,6 +226,8 @@ def test_what_cannot_work_is_refused() -> None:
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="multiplier must be positive"):
             Penalty(GD(0.1, 1), multiplier=bad)
+    with pytest.raises(TypeError, match="shared must be True or False, got 'yes'"):
+        Penalty(GD(0.1, 1), multiplier=1.0, shared="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs no penalty"):
         Penalty(GD(0.1, 1), multiplier=1.0).bind(quadratic_minimax().problem)
     with pytest.raises(ValueError, match="several independent ones"):

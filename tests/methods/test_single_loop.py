@@ -336,6 +336,11 @@ def test_what_cannot_work_is_refused(kind: Any) -> None:
         kind(GD(0.1, 1)).bind(quadratic_minimax().problem)
 
 
+def test_shuffle_is_a_flag() -> None:
+    with pytest.raises(TypeError, match="shuffle must be True or False, got None"):
+        Saba(GD(0.1, 1), shuffle=None)  # type: ignore[arg-type]
+
+
 def test_saba_refuses_data_whose_blocks_it_cannot_tell_apart() -> None:
     method, data = start()
     for side, bad in (("lower", LOWER), ("upper", stream([UPPER])), ("upper", None), ("lower", noisy.Feed(LOWER))):

@@ -9,6 +9,7 @@ from torchbilevel.derivatives import vjp
 from torchbilevel.draws import BatchSizes, Draws
 from torchbilevel.estimators.base import Estimator
 from torchbilevel.estimators.evaluation import Evaluation, Memory
+from torchbilevel.estimators.recursion import require_weight
 from torchbilevel.estimators.vetting import SILENT_ZERO
 from torchbilevel.linear_solve.base import positive_int
 from torchbilevel.lower import LowerResult
@@ -58,10 +59,9 @@ class HybridMap(Estimator):
         seed: int = 0,
     ) -> None:
         super().__init__(None, batch_sizes=batch_sizes, seed=seed)
-        for name, value in (("weight", weight), ("jacobian_weight", jacobian_weight)):
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
         self.weight, self.jacobian_weight = weight, weight if jacobian_weight is None else jacobian_weight
+        for name in ("weight", "jacobian_weight"):
+            require_weight(name, getattr(self, name))
         self.max_size = positive_int("max_size", max_size)
 
     def refuse(self, problem: Problem) -> None:

@@ -14,6 +14,7 @@ from torchbilevel.estimators.lower_gradient import LowerGradient
 from torchbilevel.estimators.vetting import SILENT_ZERO
 from torchbilevel.linear_solve.base import positive
 from torchbilevel.lower import GD, LowerSolver
+from torchbilevel.lower.hyperparameters import check_flag
 from torchbilevel.oracle import Oracle
 from torchbilevel.problem import Problem
 from torchbilevel.tensors import Tensors, axpy, clone, is_finite, sub
@@ -42,6 +43,7 @@ class Penalty(Estimator):
         seed: of the random numbers inside the losses.
 
     Raises:
+        TypeError: if ``shared`` is neither true nor false.
         ValueError: if an argument is out of range, or on binding to a minimax problem.
 
     Cost: per ``backward`` with K lower steps 2 K + 2 gradients of g, K + 1 of f, and a value of f. Keeps p. In single
@@ -75,6 +77,7 @@ class Penalty(Estimator):
         )
         if not isinstance(lower_solver, GD) or lower_solver.momentum != 0:
             raise ValueError(f"y and p move by plain steps: use GD(lr=..., steps=...), got {lower_solver}")
+        check_flag("shared", shared)
         self.multiplier, self.shared = positive("multiplier", multiplier), shared
 
     def refuse(self, problem: Problem) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Tracked = Literal["hypergradient", "gradients"]
 
@@ -79,10 +79,9 @@ class Storm(Recursion):
     tracks: Tracked = "hypergradient"
 
     def __post_init__(self) -> None:
-        for name in ("weight", "lower_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise ValueError(f"{name} must be in (0, 1], got {value}")
+        require_weight("weight", self.weight)
+        if self.lower_weight is not None:
+            require_weight("lower_weight", self.lower_weight)
         _require_one_of("tracks", self.tracks, ("hypergradient", "gradients"))
 
     def weights(self, factor: float) -> tuple[float, float]:
@@ -154,6 +153,12 @@ class Spider(Recursion):
     def weights(self, factor: float) -> tuple[float, float]:
         """Both are zero."""
         return 0.0, 0.0
+
+
+def require_weight(name: str, value: Any) -> None:
+    """It must be a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value!r}")
 
 
 def _require_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

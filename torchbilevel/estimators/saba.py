@@ -12,6 +12,7 @@ from torchbilevel.estimators.evaluation import Evaluation, Memory
 from torchbilevel.estimators.soba import Soba
 from torchbilevel.estimators.vetting import SILENT_ZERO
 from torchbilevel.lower import GD
+from torchbilevel.lower.hyperparameters import check_flag
 from torchbilevel.problem import Problem
 from torchbilevel.samples import Block, Sample
 from torchbilevel.sources import Blocks, sample
@@ -44,6 +45,7 @@ class Saba(Soba):
         seed: of the random numbers inside the losses. The orders are those of the sources.
 
     Raises:
+        TypeError: if ``shuffle`` is neither true nor false.
         ValueError: as in ``Soba``.
 
     Cost: per ``backward`` as ``Soba``, on one block of each loss; the first one on all blocks, unless ``shuffle``.
@@ -62,6 +64,7 @@ class Saba(Soba):
         self, lower_solver: GD, *, batch_sizes: BatchSizes | None = None, shuffle: bool = False, seed: int = 0
     ) -> None:
         super().__init__(lower_solver, batch_sizes=BatchSizes() if batch_sizes is None else batch_sizes, seed=seed)
+        check_flag("shuffle", shuffle)
         self.shuffle = shuffle
 
     def refuse(self, problem: Problem) -> None:

@@ -35,6 +35,7 @@ class F2SA(Method):
         seed: of the random numbers inside the losses.
 
     Raises:
+        TypeError: if ``shared`` is neither true nor false.
         ValueError: if an argument is out of range, or the lower solver has momentum.
 
     Cost: per step 2 K + 2 gradients of g, K + 1 of f and a value of f, each on a sample of its own; no products of

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchbilevel.estimators.recursion import require_weight
 from torchbilevel.optim import AveragedGD, NormalizedGD, PerturbedGD
 from torchbilevel.pairing import require_problem
 from torchbilevel.problem import Problem
@@ -34,8 +35,7 @@ def normalized_descent(problem: Problem, lr: float, max_rate: float | None) -> N
 def averaged_descent(problem: Problem, lr: float, averaging: float = 1.0) -> AveragedGD:
     """The rule x <- x + s averaging (P(x - lr v) - x), P the projection of x and s the factor of a decay."""
     _require_number("lr", lr)
-    if not 0 < averaging <= 1:
-        raise ValueError(f"averaging must be in (0, 1], got {averaging}")
+    require_weight("averaging", averaging)
     return AveragedGD(require_problem(problem).upper_parameters, lr, averaging, problem.upper_projections)
 
 

@@ -84,6 +84,7 @@ class SABA(Method):
         seed: of the random numbers inside the losses.
 
     Raises:
+        TypeError: if ``shuffle`` is neither true nor false.
         ValueError: if the lower solver takes more than one step, or has momentum or a ``tol``.
 
     Cost: per step as ``SOBA``, on one block of each loss; the first step on all blocks, unless ``shuffle``. Keeps z and
