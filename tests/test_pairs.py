@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.problems import flat, quadratic_bilevel, quadratic_minimax
+from tests.problems import flat, generator, quadratic_bilevel, quadratic_minimax
 from torchbilevel import (
     CG,
     GD,
@@ -23,6 +23,8 @@ from torchbilevel import (
     Implicit,
     Method,
     Neumann,
+    NonconvexLinearProblem,
+    Penalty,
     Plain,
     PullbackSTORM,
     RandomTruncation,
@@ -36,6 +38,12 @@ from torchbilevel import (
     optim,
     sample,
 )
+from torchbilevel.estimators.hybrid_map import HybridMap
+from torchbilevel.estimators.matrices import MatrixBounds
+from torchbilevel.estimators.rsvrb import Rsvrb
+from torchbilevel.estimators.saba import Saba
+from torchbilevel.estimators.soba import Soba
+from torchbilevel.estimators.stable import Stable
 
 SIZES = BatchSizes(upper=4, lower=4)
 Make = Callable[[], Estimator]
@@ -60,6 +68,12 @@ BILEVEL: dict[str, Make] = {
     ),
     "Spider, gradients": lambda: Implicit(GD(0.4, 3), Neumann(3, 0.3), recursion=Spider(2), batch_sizes=SIZES),
     "Hybrid": lambda: Implicit(GD(0.4, 1), Neumann(3, 0.3), recursion=Hybrid(0.3), batch_sizes=SIZES),
+    "Soba": lambda: Soba(GD(0.3, 1), batch_sizes=SIZES, decay=Decay()),
+    "Saba": lambda: Saba(GD(0.1, 1), batch_sizes=SIZES),
+    "Saba, shuffled": lambda: Saba(GD(0.1, 1), batch_sizes=SIZES, shuffle=True),
+    "Penalty": lambda: Penalty(GD(0.2, 3), multiplier=5.0, batch_sizes=SIZES),
+    "Stable": lambda: Stable(GD(0.3, 1), weight=0.3, bounds=MatrixBounds(0.1), batch_sizes=SIZES),
+    "Rsvrb": lambda: Rsvrb(GD(0.3, 1), weight=0.3, bounds=MatrixBounds(0.1), batch_sizes=SIZES, decay=Decay()),
 }
 MINIMAX: dict[str, Make] = {
     "Danskin": lambda: Danskin(GD(0.4, 3)),
@@ -70,6 +84,7 @@ MINIMAX: dict[str, Make] = {
     "minimax Spider": lambda: Danskin(GD(0.4, 3), recursion=Spider(2), batch_sizes=SIZES),
     "minimax Hybrid": lambda: Danskin(GD(0.4, 1), recursion=Hybrid(0.3), batch_sizes=SIZES),
 }
+LINEAR: dict[str, Make] = {"map": lambda: HybridMap(weight=0.3, batch_sizes=BatchSizes(upper=4, jvp=4))}
 # grad_tol = 9 makes every rule escape from the first step on.
 SEARCH = {"grad_tol": 9.0, "curvature_tol": 0.1, "step_length": 0.1}
 PROBES = {**SEARCH, "radius": 1e-3, "probe_lr": 0.2, "search_steps": 3}
@@ -95,6 +110,7 @@ RULES: dict[str, Rule] = {
 NO_TOL = "give the lower solver a tol below value_tol"
 ONE_Y = "has one y for all of"
 WITH_X = ("random term, with x", "Storm", "Hybrid", "with x", "minimax Storm", "minimax Hybrid")
+WITH_X += ("Soba", "Saba", "Saba, shuffled", "Stable", "Rsvrb")
 ACCURATE = ("CG to a tolerance", "Danskin to a tolerance")
 
 
@@ -106,11 +122,19 @@ def reason(estimator: str, rule: str) -> str | None:
     return None
 
 
+def mapping(upper: Any, batch: Any) -> torch.Tensor:
+    return upper.flat().tanh() + batch[0].mean(0) * upper.flat()[0].sin()
+
+
 def build(estimator: str, rule: str) -> tuple[Method, dict[str, Any]]:
     if estimator in MINIMAX:
         m = quadratic_minimax()
         parts = m.problem, MINIMAX[estimator]()
         data: dict[str, Any] = {"batch": m.batch}
+    elif estimator in LINEAR:
+        upper, center = quadratic_minimax().modules()[0], torch.zeros(4, dtype=torch.float64)
+        parts = NonconvexLinearProblem(upper, mapping, center=center), LINEAR[estimator]()
+        data = {"batch": (generator(1)(8, 4),)}
     else:
         b = quadratic_bilevel(curved=True)
         parts = b.problem, BILEVEL[estimator]()
@@ -128,7 +152,7 @@ def advance(method: Method, data: dict[str, Any], n: int) -> None:
 
 
 @pytest.mark.parametrize("rule", list(RULES))
-@pytest.mark.parametrize("estimator", [*BILEVEL, *MINIMAX])
+@pytest.mark.parametrize("estimator", [*BILEVEL, *MINIMAX, *LINEAR])
 def test_every_pair_runs_and_resumes_or_is_refused(estimator: str, rule: str) -> None:
     why = reason(estimator, rule)
     if why is not None:

@@ -38,7 +38,7 @@ def require_pair(problem: Any, estimator: Any, rule: Any) -> None:
     if getattr(rule, "compares_gradients", False) and not estimator.answers:
         raise ValueError(
             f"{type(rule).__name__} compares hypergradients at trial points, and this estimator has one y for all of "
-            "them, which shows no curvature of Phi: give it probe_solver=GD(lr=..., steps=...), or use "
+            "them, which shows no curvature of Phi: give it probe_solver=GD(lr=..., steps=...) if it takes one, or use "
             f"NegativeCurvature, whose products are exact, or a Pullback or Perturbed rule; got {estimator}"
         )
     if hasattr(rule, "next_batch_size"):

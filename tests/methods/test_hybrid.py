@@ -25,6 +25,7 @@ from torchbilevel import (
     projections,
     sample,
 )
+from torchbilevel.optim import NEON
 
 DX, P, Q, LR = 3, 5, 4, 0.1
 Batch = tuple[Tensor, ...]
@@ -169,6 +170,26 @@ def test_the_general_minimax_methods_agree() -> None:
     torch.testing.assert_close(flat(p.grad for p in twin.upper_parameters), v, rtol=1e-10, atol=1e-11)
     certificate = certify(twin, batch, grad_tol=1e-3, curvature_tol=1e-2)
     assert abs(certificate.grad_norm - v.norm()) < 1e-6
+
+
+def test_a_search_sees_the_curvature_of_phi() -> None:
+    """y is the best response at trial points too, so that differences of v there are those of grad Phi."""
+    q, batch, w = problem(projection=None), rows(), 1e-5 * torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    options = {"radius": 1e-3, "probe_lr": 0.2, "grad_tol": 9.0, "curvature_tol": 0.1, "step_length": 0.1}
+    estimator = hybrid(q, reuse_batch=True).estimator
+    Method(q, estimator, NEON(q.upper_parameters, 0.02, search_steps=3, **options)).backward(batch)
+    probe, x = estimator.probe(), flat(q.x)
+    probe()
+    v = flat(p.grad.clone() for p in q.upper_parameters)
+    assign(q.upper, x + w)
+    probe()
+    change = flat(p.grad for p in q.upper_parameters) - v
+
+    def phi(x: Tensor) -> Tensor:
+        s = A.T @ H(x, batch)
+        return CENTER @ s + s @ s / 4
+
+    torch.testing.assert_close(change, torch.autograd.functional.hessian(phi, x) @ w, rtol=1e-4, atol=1e-10)
 
 
 def log_sum_exp(y: Tensor) -> Tensor:

@@ -120,6 +120,11 @@ class HybridMap(Estimator):
         return LowerResult((best,), None, 0, None)
 
     @property
+    def answers(self) -> bool:
+        """Y is the best response at every point."""
+        return True
+
+    @property
     def _linear_problem(self) -> NonconvexLinearProblem:
         problem = self.problem
         assert isinstance(problem, NonconvexLinearProblem)
