@@ -76,7 +76,8 @@ class SABA(Method):
         problem: a ``BilevelProblem``; ``backward`` takes ``sample(tensors, seed)`` for both losses, the same data in
             every step. Data in a meaningful order should be shuffled once, since blocks are consecutive rows.
         lr: gamma, positive; in theory a small multiple of rho, and at most 1 / (8 L_Phi).
-        lower_solver: ``GD(lr=rho, steps=1)``; rho of the order of 1 / L_g.
+        lower_solver: ``GD(lr=rho, steps=1)``; rho of the order of 1 / L_g, in theory times N^(-2/3) for N = n + m
+            blocks of g and of f.
         batch_size: rows per block of f, 1 in the paper; ``None``, here and below, makes one block of all rows.
         lower_batch_size: rows per block of g.
         shuffle: take the blocks in passes, each in a random order of its own, rather than independently. The table

@@ -38,7 +38,7 @@ class NormalizedGD(Rule):
 
     Reference:
         Luo, Ye, Huang, Zhang, Stochastic Recursive Gradient Descent Ascent for Stochastic Nonconvex-Strongly-Concave
-        Minimax Problems, NeurIPS 2020, Algorithm 1 (SREDA): ``lr`` = epsilon / (5 kappa L), ``max_rate`` =
+        Minimax Problems, NeurIPS 2020 (SREDA): ``lr`` = epsilon / (5 kappa L), ``max_rate`` =
         1 / (10 kappa L). Without ``max_rate``: Fang, Li, Lin, Zhang, SPIDER, NeurIPS 2018, Algorithm 1.
 
     Differs from the paper:
