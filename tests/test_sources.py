@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +32,23 @@ def test_forms(form: str) -> None:
         assert [len(t) for t in tensors] == [rows] * len(tensors)
     # Every form draws the same rows.
     assert torch.equal(draw if form == "tensor" else draw["t"] if form == "dict" else draw[0], sample(LABELS, 1)(5))
+
+
+class Row(NamedTuple):
+    t: Tensor
+    x: Tensor
+
+
+def test_a_named_tuple_keeps_its_names() -> None:
+    source = sample(Row(LABELS, INPUTS), seed=1)
+    for batch in (source(5), source(None), copy.deepcopy(source)(5)):
+        assert isinstance(batch, Row) and torch.equal(INPUTS[batch.t], batch.x)
+
+
+@pytest.mark.parametrize("seed", [None, 0.5, True])
+def test_a_seed_is_an_integer(seed: Any) -> None:
+    with pytest.raises(ValueError, match=f"seed must be an integer, got {seed}"):
+        sample(LABELS, seed)
 
 
 def test_draws_are_reproducible_and_do_not_touch_the_global_state() -> None:

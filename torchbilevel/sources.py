@@ -31,7 +31,7 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
 
     Raises:
         TypeError: if ``tensors`` is of another kind.
-        ValueError: if there is no tensor, or the first dimensions differ.
+        ValueError: if there is no tensor, the first dimensions differ, or ``seed`` is no integer.
 
     >>> source = sample((torch.arange(4.0), torch.arange(4)), seed=0)
     >>> values, labels = source(2)
@@ -42,7 +42,9 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
     def __init__(self, tensors: Any, seed: int) -> None:
         if not isinstance(tensors, Tensor | Mapping | list | tuple):
             raise TypeError(f"tensors must be a tensor, tuple, list or dict of tensors, got {type(tensors).__name__}")
-        self._form: type
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed must be an integer, got {seed!r}")
+        self._form: Any
         # One table for all forms; the form is put back on every draw.
         self._columns: dict[Any, Any]
         if isinstance(tensors, Mapping):
@@ -50,7 +52,8 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
         elif isinstance(tensors, Tensor):
             self._columns, self._form = {0: tensors}, Tensor
         else:
-            self._columns, self._form = dict(enumerate(tensors)), tuple
+            self._columns = dict(enumerate(tensors))
+            self._form = getattr(type(tensors), "_make", tuple)  # of a named tuple
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in self._columns.values()]
         rows = {shape[0] if isinstance(shape, tuple) and shape else 0 for shape in shapes}
         if len(rows) != 1 or 0 in rows:
@@ -119,7 +122,7 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
             columns = {name: t.index_select(0, index.to(t.device)) for name, t in columns.items()}
         if self._form is dict:
             return dict(columns)
-        return columns[0] if self._form is Tensor else tuple(columns.values())
+        return columns[0] if self._form is Tensor else self._form(columns.values())
 
     def state_dict(self) -> dict[str, int]:
         """The number of draws made, from which a resumed run draws on."""
