@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,8 +42,10 @@ def test_a_block_scales_what_the_rule_names_and_puts_it_back() -> None:
         ({"power": -1.0}, "power must be non-negative and finite, got -1.0"),
         ({"lower_power": math.inf}, "lower_power must be non-negative and finite, got inf"),
         ({"offset": 0.0}, "offset must be positive and finite, got 0.0"),
+        ({"power": None}, "power must be a number, got None"),
+        ({"offset": "5"}, "offset must be a number, got '5'"),
     ],
 )
-def test_settings_out_of_range(options: dict[str, float], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_settings_out_of_range(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
         Decay(**options)

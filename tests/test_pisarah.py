@@ -186,6 +186,7 @@ def test_a_failure_of_the_initial_solver_is_its_own() -> None:
         (lambda: PiSARAH(lambda upper: upper.lr, 2, 2), TypeError, r"lr must be a number, got .*GD\(lr=...\)"),
         (lambda: PiSARAH(0.1, 0, 2), ValueError, "steps must be a positive integer, got 0"),
         (lambda: PiSARAH(0.1, 2, 0), ValueError, "restarts must be a positive integer, got 0"),
+        (lambda: PiSARAH(0.1, 2, True), ValueError, "restarts must be a positive integer, got True"),
         (lambda: PiSARAH(0.1, 2, 1.5), ValueError, "restarts must be a positive integer, got 1.5"),
         (lambda: Unrolled(PiSARAH(0.1, 2, 2)), (TypeError, ValueError), "PiSARAH"),
         (lambda: Danskin(PiSARAH(0.1, 2, 2), recursion=Spider(2)), ValueError, "use GD, SignGD or Adam .*got PiSARAH"),

@@ -24,6 +24,7 @@ class Decay:
         lower_power: of the step of y; by default ``power``.
 
     Raises:
+        TypeError: if an argument is no number.
         ValueError: if ``offset`` is not positive or a power negative.
 
     >>> Decay(power=0.5, offset=1).upper(3), Decay(power=0.6, offset=1, lower_power=0.5).lower(3)
@@ -35,11 +36,15 @@ class Decay:
     lower_power: float | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("power", self.power), ("lower_power", self.lower_power)):
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be non-negative and finite, got {value}")
-        if not 0 < self.offset < math.inf:
-            raise ValueError(f"offset must be positive and finite, got {self.offset}")
+        for name in ("power", "offset", "lower_power"):
+            value = getattr(self, name)
+            if value is None and name == "lower_power":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not 0 <= value < math.inf or (name == "offset" and value == 0):
+                what = "positive" if name == "offset" else "non-negative"
+                raise ValueError(f"{name} must be {what} and finite, got {value}")
 
     def upper(self, t: int) -> float:
         """The factor of the step of x at step t."""

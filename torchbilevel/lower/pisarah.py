@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from torchbilevel.linear_solve.base import positive_int
 from torchbilevel.lower.base import Gradient, LowerResult, LowerSolver
 from torchbilevel.lower.hyperparameters import check_range, descend
 from torchbilevel.tensors import Tensors, add, detach, sub
@@ -47,9 +48,7 @@ class PiSARAH(LowerSolver):
         if callable(lr):
             raise TypeError(f"lr must be a number, got {lr}; GD(lr=...) can learn one")
         check_range("lr", lr, 0.0, float("inf"))
-        if not isinstance(restarts, int) or restarts < 1:
-            raise ValueError(f"restarts must be a positive integer, got {restarts}")
-        self.lr, self.restarts = lr, restarts
+        self.lr, self.restarts = lr, positive_int("restarts", restarts)
 
     @torch.no_grad()
     def run(
