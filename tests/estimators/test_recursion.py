@@ -136,6 +136,15 @@ class Numbered:
         return self.served[-1]
 
 
+@pytest.mark.parametrize("recursion", [Plain(simultaneous=True), Storm(1.0)])
+def test_without_a_past_only_the_first_estimate_is_on_a_large_sample(recursion: Recursion) -> None:
+    estimator, q = setting("minimax", recursion, batch_sizes=BatchSizes(upper=2, anchor=4))
+    source = Numbered(q.batch, 0)
+    for _ in range(3):
+        estimator.backward(source)
+    assert [len(rows) for (rows,) in source.served] == [4, 2, 2]
+
+
 def test_storm_and_hybrid_step_for_step() -> None:
     for recursion in (Storm(0.4, 0.7), Hybrid(0.4, 0.7)):
         decay = Decay(power=0.5, offset=2.0)

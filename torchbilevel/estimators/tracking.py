@@ -121,7 +121,8 @@ def track(
     here = past
     if fresh:
         # Only SPIDER rests on a large sample; elsewhere the first call is like all others unless asked otherwise.
-        here = observe(x, y, draws.at(0, anchor=isinstance(recursion, Spider) or draws.anchored))
+        large = isinstance(recursion, Spider) or (draws.anchored and memory.calls == 0)
+        here = observe(x, y, draws.at(0, anchor=large))
         if recursion.anchors == "after":
             return here, LowerResult(y, state, 0, None)
         if recursion.anchors == "as printed" and past is not None:
