@@ -16,7 +16,8 @@ class Decay:
 
     The step of x (``lr`` of the rule, and what a scheduler made of it) is scaled by s_t, that of y by the factor with
     ``lower_power``; the weights of a STORM recursion are scaled by s_{t-1}^2. A paper's eta_t = c / (m + t)^(1/3) is
-    ``Decay(offset=m)`` with learning rates multiplied by c / m^(1/3) and weights by the square of that.
+    ``Decay(offset=m)`` with learning rates multiplied by c / m^(1/3) and weights by the square of that. For y, t counts
+    the calls of ``backward``, which are as many as steps unless several of them add up before a step.
 
     Args:
         power: of the step of x; 1/3 by default.

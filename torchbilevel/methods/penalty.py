@@ -31,7 +31,8 @@ class F2SA(Method):
         decay: gamma_t = gamma_0 times the lower factor, lr_t = lr times the upper one, and lambda_t = lambda_0 times
             the ratio of both, which grows. By default (1 + t)^(-4/7), (1 + t)^(-5/7) and (1 + t)^(1/7), for noise in
             both losses; where f alone is noisy ``Decay(3 / 5, lower_power=2 / 5)``, without noise ``Decay(1 / 3,
-            lower_power=0.0)``. ``None`` for constant steps and lambda.
+            lower_power=0.0)``. |grad Phi|^2 then falls like t^(-2/7), t^(-2/5) or t^(-2/3), as does its part from the
+            bias, lambda_t^(-2). ``None`` for constant steps and lambda.
         seed: of the random numbers inside the losses.
 
     Raises:
