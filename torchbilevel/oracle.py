@@ -12,7 +12,6 @@ from torchbilevel.counts import Counts
 from torchbilevel.derivatives import average, differentiable_gradient, scalar, vjp
 from torchbilevel.ranks import Ranks
 from torchbilevel.samples import Sample
-from torchbilevel.shards import whole
 from torchbilevel.tensors import Tensors, detach, leaves
 
 
@@ -44,11 +43,12 @@ class Oracle:
     def __init__(self, losses: Losses) -> None:
         self.losses = losses
         self.counts = Counts()
+        self._whole = losses.ranks.whole
 
     def upper_value(self, x: Tensors, y: Tensors, sample: Sample) -> Tensor:
         """The upper loss f(x, y), detached. Cost: one evaluation."""
         self.counts.add("upper_value", sample)
-        x, y = whole(x), whole(y)
+        x, y = self._whole(x), self._whole(y)
         with torch.no_grad():
             return self.mean(sample, lambda batch, seed: (self._upper_value(x, y, batch, seed),))[0]
 
@@ -69,7 +69,7 @@ class Oracle:
     def lower_gradient(self, x: Tensors, y: Tensors, sample: Sample) -> tuple[Tensor, Tensors]:
         """Value of g and g_y, detached. Cost: one gradient of g."""
         self.count_lower_gradient(sample)
-        xs, ys = detach(whole(x)), leaves(whole(y))
+        xs, ys = detach(self._whole(x)), leaves(self._whole(y))
 
         def part(batch: Any, seed: int) -> Tensors:
             with torch.enable_grad():
@@ -128,7 +128,7 @@ class Oracle:
             A tuple of the shapes of y. Cost: one Hessian-vector product.
         """
         self.counts.add("hessian_product", sample)
-        xs, ys, s = detach(whole(x)), leaves(whole(y)), whole(s)
+        xs, ys, s = detach(self._whole(x)), leaves(self._whole(y)), self._whole(s)
         return self.mean(sample, lambda batch, seed: vjp(self.gradient_graph(xs, ys, ys, batch, seed), ys, s)[0], y)
 
     def jacobian_product(self, x: Tensors, y: Tensors, s: Tensors, sample: Sample) -> tuple[Tensors, bool]:
@@ -144,7 +144,7 @@ class Oracle:
             A tuple of the shapes of x, and whether a path leads from g_y to x. Cost: one Jacobian-vector product.
         """
         self.counts.add("jacobian_product", sample)
-        xs, ys, s = leaves(whole(x)), leaves(whole(y)), whole(s)
+        xs, ys, s = leaves(self._whole(x)), leaves(self._whole(y)), self._whole(s)
         anywhere = False
 
         def part(batch: Any, seed: int) -> Tensors:
@@ -181,7 +181,7 @@ class Oracle:
     def _gradients(
         self, loss: Callable[[Tensors, Tensors, Any, int], Tensor], x: Tensors, y: Tensors, sample: Sample
     ) -> tuple[Tensor, Tensors, Tensors, bool]:
-        xs, ys = leaves(whole(x)), leaves(whole(y))
+        xs, ys = leaves(self._whole(x)), leaves(self._whole(y))
         in_x = False
 
         def part(batch: Any, seed: int) -> Tensors:
@@ -231,6 +231,7 @@ class LowerLinearization:
 
     def __init__(self, oracle: Oracle, x: Tensors, y: Tensors, sample: Sample, in_x: bool = False) -> None:
         self._oracle, self._ranks, self._sample, self._in_x = oracle, oracle.losses.ranks, sample, in_x
+        whole = self._ranks.whole
         self._x, self._y, self._like_x, self._like_y = leaves(whole(x)), leaves(whole(y)), x, y
         oracle.count_lower_gradient(sample)
         self._kept = self._graph(sample.batch, sample.seed) if sample.whole else None
@@ -305,7 +306,7 @@ class LowerLinearization:
     def _product(
         self, part: Callable[[Tensors], Tensors], inputs: Tensors, s: Tensors, keep: bool
     ) -> tuple[Tensors, bool]:
-        s = whole(s)
+        s = self._ranks.whole(s)
         anywhere, loss = False, "loss" if self._oracle.losses.minimax else "lower_loss"
 
         def product(g: Tensors) -> Tensors:

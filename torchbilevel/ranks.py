@@ -33,6 +33,7 @@ class Ranks:
     Attributes:
         size: number of ranks; 1, and nothing is exchanged, where there is no process group.
         rank: of this process.
+        spread: whether parameters are spread over the ranks (``require_spread`` has met one).
 
     Cost: one all-reduce per dtype and device for each average, of all tensors together.
     """
@@ -44,8 +45,13 @@ class Ranks:
             raise ValueError(f"process_group got {group!r}, but torch.distributed is not initialised")
         self.size: int = dist.get_world_size(group) if alive else 1
         self.rank: int = dist.get_rank(group) if alive else 0
+        self.spread = False
         if self.rank < 0:
             raise ValueError("process_group must contain this rank; make the problem on the ranks of the group only")
+
+    def whole(self, tensors: Tensors) -> Tensors:
+        """The tensors with all their entries on every rank."""
+        return whole(tensors) if self.spread else tensors
 
     def average(self, tensors: Tensors, like: Tensors = ()) -> Tensors:
         """The mean over the ranks of every tensor, without a graph.
@@ -59,7 +65,7 @@ class Ranks:
         """
         if self.size > 1 and tensors:
             tensors = self._together(tensors, lambda flat: self._all_reduce(flat).div_(self.size))
-        if any_sharded(like):
+        if self.spread and any_sharded(like):
             first = len(tensors) - len(like)
             tensors = (*tensors[:first], *cut(tensors[first:], like))
         return tensors
@@ -74,7 +80,7 @@ class Ranks:
 
     def shared(self, tensors: Tensors) -> Tensors:
         """The tensors, the same and whole on all ranks; derivatives that come back through them are averaged."""
-        if self.size == 1 and not any_sharded(tensors):
+        if self.size == 1 and not self.spread:
             return tensors
         return tuple(_Shared.apply(self, *tensors))  # type: ignore[no-untyped-call]
 
@@ -89,7 +95,7 @@ class Ranks:
         Returns:
             The means; a path leads from them to ``shared`` on every rank, whatever its batch reaches.
         """
-        if self.size == 1 and not any_sharded(like):
+        if self.size == 1 and not self.spread:
             return tensors
         return tuple(_Averaged.apply(self, like, *tensors, *shared))  # type: ignore[no-untyped-call]
 
@@ -126,6 +132,7 @@ class Ranks:
         for key, p in parameters.items():
             if not is_sharded(p):
                 continue
+            self.spread = True
             over = sorted(p.device_mesh.mesh.flatten().tolist())
             ranks = sorted(dist.get_process_group_ranks(self._group or dist.group.WORLD))
             if over != ranks:
@@ -180,7 +187,7 @@ class Ranks:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._group is not None:
             raise TypeError("a problem with a process_group of its own cannot be pickled; save method.state_dict()")
-        return Ranks, ()
+        return Ranks, (), {"spread": self.spread}
 
 
 class _Averaged(torch.autograd.Function):
@@ -214,7 +221,7 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ranks: Ranks, *tensors: Tensor) -> Tensors:
         ctx.ranks, ctx.kinds = ranks, [(t.shape, t.dtype, t.device) for t in tensors]
-        ctx.like = detach(tensors) if any_sharded(tensors) else ()
+        ctx.like = detach(tensors) if ranks.spread else ()
         ctx.set_materialize_grads(False)
         return tuple(s.view_as(s) for s in whole(tensors))
 

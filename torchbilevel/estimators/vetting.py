@@ -72,4 +72,4 @@ def _outside() -> int:
 
 def failed(solve: SolveResult | None) -> bool:
     """Whether a linear solve, which ended in finite numbers, ended where its z is not to be trusted."""
-    return solve is not None and bool((solve.nonpositive | solve.diverged).any())
+    return solve is not None and solve.failed

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class SolveResult:
     tol: float | None
     nonpositive: Tensor
     diverged: Tensor
+
+    @cached_property
+    def failed(self) -> bool:
+        """Whether z is not to be trusted although it is finite."""
+        return bool((self.nonpositive | self.diverged).any())
 
     @property
     def status(self) -> str:
