@@ -390,6 +390,7 @@ def unrolled(case: Case, steps: int, recompute: bool) -> Run:
 
 def backward(case: Case, estimator: Estimator) -> Run:
     estimator.bind(case.problem)
+    estimator.keeps_past = False  # as in a method whose rule does not probe
 
     def run() -> list[Tensor | None]:
         estimator.backward(lower=case.lower, upper=case.upper)
