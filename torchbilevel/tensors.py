@@ -131,8 +131,8 @@ class Layout:
         self._like = tuple(like) if any_sharded(like) else None
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, t in enumerate(like):
-            spread_as = (t.device_mesh, t.placements) if is_sharded(t) else ()  # type: ignore[attr-defined]
-            groups.setdefault((t.device, t.dtype, *spread_as), []).append(i)
+            # A tensor that is spread is alone in its vector: torch cannot copy one that is a part of another's memory.
+            groups.setdefault((t.device, t.dtype, i if is_sharded(t) else -1), []).append(i)
         self._groups = list(groups.values())
         like = [local(t) for t in like]
         self._shapes = [t.shape for t in like]
