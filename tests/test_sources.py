@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchbilevel import sample, stream
+from torchbilevel import CG, GD, Implicit, sample, stream
 from torchbilevel.sources import Blocks
 
 INPUTS, LABELS = torch.arange(40.0).reshape(20, 2), torch.arange(20)
@@ -49,6 +49,13 @@ def test_a_named_tuple_keeps_its_names() -> None:
 def test_a_seed_is_an_integer(seed: Any) -> None:
     with pytest.raises(ValueError, match=f"seed must be an integer, got {seed}"):
         sample(LABELS, seed)
+
+
+def test_a_seed_of_numpy_is_one_too() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert torch.equal(sample(LABELS, numpy.int64(3))(4), sample(LABELS, 3)(4))
+    estimator = Implicit(GD(0.1, 1), CG(), seed=numpy.int64(3))
+    assert type(estimator.seed) is int and estimator.seed == 3  # so that checkpoints load with weights_only
 
 
 def test_draws_are_reproducible_and_do_not_touch_the_global_state() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchbilevel.samples import Batches, Block, count
-from torchbilevel.tensors import mix_seed
+from torchbilevel.tensors import as_seed, mix_seed
 
 
 class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
@@ -42,8 +42,6 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
     def __init__(self, tensors: Any, seed: int) -> None:
         if not isinstance(tensors, Tensor | Mapping | list | tuple):
             raise TypeError(f"tensors must be a tensor, tuple, list or dict of tensors, got {type(tensors).__name__}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed must be an integer, got {seed!r}")
         self._form: Any
         # One table for all forms; the form is put back on every draw.
         self._columns: dict[Any, Any]
@@ -60,7 +58,7 @@ class sample:  # noqa: N801  (used like a function: lower=tb.sample(...))
             raise ValueError(f"tensors must be non-empty tensors that share their first dimension, got {shapes}")
         (self.rows,) = rows
         self.row_bytes = sum(t.nbytes for t in self._columns.values()) // self.rows
-        self._seed = seed
+        self._seed = as_seed(seed)
         self.draws = 0
 
     def __call__(self, n: int | None = None) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -245,6 +246,13 @@ def unflatten(vector: Tensor, like: Sequence[Tensor]) -> Tensors:
     pieces = vector.split_with_sizes([t.numel() for t in like])
     shaped = tuple([v.reshape(t.shape).to(t.device, t.dtype) for v, t in zip(pieces, like, strict=True)])
     return cut(shaped, like)
+
+
+def as_seed(seed: Any) -> int:
+    """A seed as Python's int; numpy's integers pass, and what is no integer raises a ValueError."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    return int(seed)
 
 
 def mix_seed(*parts: int) -> int:

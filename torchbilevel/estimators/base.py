@@ -23,7 +23,7 @@ from torchbilevel.lower import LowerResult, LowerSolver, Unrollable
 from torchbilevel.oracle import Oracle
 from torchbilevel.problem import Problem
 from torchbilevel.shards import fit
-from torchbilevel.tensors import Tensors, clone, detach, is_finite, mix_seed
+from torchbilevel.tensors import Tensors, as_seed, clone, detach, is_finite, mix_seed
 
 # Numbers of the draws of these two, which no step of an iteration reaches.
 _INITIAL, _PROBING = 1 << 20, 1 << 30
@@ -88,11 +88,10 @@ class Estimator(ABC):
             initial_solver,
             probe_solver,
             warm_start,
-            seed,
         )
         self.lower_solver, self.initial_solver, self.probe_solver = lower_solver, initial_solver, probe_solver
         self.recursion = Plain() if recursion is None else recursion
-        self.batch_sizes, self.decay, self.warm_start, self.seed = batch_sizes, decay, warm_start, seed
+        self.batch_sizes, self.decay, self.warm_start, self.seed = batch_sizes, decay, warm_start, as_seed(seed)
         self.keeps_past = True
         self.memory = Memory()
         self.last: Evaluation | None = None

@@ -20,7 +20,6 @@ def require_options(
     initial_solver: Any,
     probe_solver: Any,
     warm_start: Any,
-    seed: Any,
 ) -> None:
     """Refuse options of an estimator that are of the wrong kind or do not go together.
 
@@ -34,11 +33,10 @@ def require_options(
         initial_solver: likewise.
         probe_solver: likewise.
         warm_start: likewise.
-        seed: likewise.
 
     Raises:
         TypeError: if an option is of the wrong kind.
-        ValueError: if ``seed`` is no integer, or two options do not go together.
+        ValueError: if two options do not go together.
     """
     solvers = {"lower_solver": lower_solver, "initial_solver": initial_solver, "probe_solver": probe_solver}
     for name, solver in solvers.items():
@@ -62,8 +60,6 @@ def require_options(
             raise TypeError(f"{name} must be {kind.__name__}, such as {example}, or None, got {value!r}")
     if not isinstance(warm_start, bool):
         raise TypeError(f"warm_start must be True or False, got {warm_start!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
     if decay is not None and lower_solver is not None and not isinstance(lower_solver, Unrollable):
         raise ValueError(f"decay= scales the lr of the lower solver: use GD, SignGD or Adam, got {lower_solver}")
     if recursion is None or recursion == Plain():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from torchbilevel.shards import fit
-from torchbilevel.tensors import Tensors, ball, clone, is_finite, mix_seed, norm
+from torchbilevel.tensors import Tensors, as_seed, ball, clone, is_finite, mix_seed, norm
 
 Claim = Literal["running", "stationary", "escape test passed", "verified"]
 Loss = Tensor | float | None
@@ -81,8 +81,7 @@ class Rule(torch.optim.Optimizer):
     _saved: ClassVar[tuple[str, ...]] = ("seed", "steps", "phase", "events", "done", "answer")
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, seed: int = 0) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed must be an integer, got {seed!r}")
+        seed = as_seed(seed)
         super().__init__(params, defaults)
         self.seed = seed
         self.steps = 0
