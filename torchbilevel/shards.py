@@ -76,8 +76,8 @@ def gathered(tree: Any) -> Any:
     """Nested dicts, lists and tuples with whole tensors in place of those that are spread."""
     if isinstance(tree, dict):
         return {key: gathered(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)([gathered(value) for value in tree])
+    if type(tree) in (list, tuple):  # not named ones, which are made otherwise
+        return type(tree)(gathered(value) for value in tree)
     return whole((tree,))[0] if is_sharded(tree) else tree
 
 
